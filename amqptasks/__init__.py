@@ -1,0 +1,113 @@
+"""amqptasks: a RabbitMQ-first task platform.
+
+The names below load on first use (PEP 562), so that ``import amqptasks`` costs a web process next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amqptasks import states
+    from amqptasks.app import AmqpTasks, current_app, shared_task
+    from amqptasks.errors import (
+        AccessRefused,
+        AmqpTasksError,
+        BrokerBlocked,
+        BrokerError,
+        BrokerUnreachable,
+        ConfigError,
+        Ignore,
+        InvalidArguments,
+        MaxRetriesExceeded,
+        Nacked,
+        PublishError,
+        PublishTimeout,
+        Reject,
+        Retry,
+        SerializationError,
+        SoftTimeLimitExceeded,
+        TaskRevoked,
+        TimeLimitExceeded,
+        TopologyConflict,
+        Unroutable,
+    )
+    from amqptasks.results import AsyncResult
+    from amqptasks.signature import Signature, signature
+    from amqptasks.task import Task
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "amqptasks.app": ("AmqpTasks", "current_app", "shared_task"),
+    "amqptasks.errors": (
+        "AccessRefused",
+        "AmqpTasksError",
+        "BrokerBlocked",
+        "BrokerError",
+        "BrokerUnreachable",
+        "ConfigError",
+        "Ignore",
+        "InvalidArguments",
+        "MaxRetriesExceeded",
+        "Nacked",
+        "PublishError",
+        "PublishTimeout",
+        "Reject",
+        "Retry",
+        "SerializationError",
+        "SoftTimeLimitExceeded",
+        "TaskRevoked",
+        "TimeLimitExceeded",
+        "TopologyConflict",
+        "Unroutable",
+    ),
+    "amqptasks.results": ("AsyncResult",),
+    "amqptasks.signature": ("Signature", "signature"),
+    "amqptasks.task": ("Task",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AccessRefused",
+    "AmqpTasks",
+    "AmqpTasksError",
+    "AsyncResult",
+    "BrokerBlocked",
+    "BrokerError",
+    "BrokerUnreachable",
+    "ConfigError",
+    "Ignore",
+    "InvalidArguments",
+    "MaxRetriesExceeded",
+    "Nacked",
+    "PublishError",
+    "PublishTimeout",
+    "Reject",
+    "Retry",
+    "SerializationError",
+    "Signature",
+    "SoftTimeLimitExceeded",
+    "Task",
+    "TaskRevoked",
+    "TimeLimitExceeded",
+    "TopologyConflict",
+    "Unroutable",
+    "__version__",
+    "current_app",
+    "shared_task",
+    "signature",
+    "states",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "states":
+        return importlib.import_module("amqptasks.states")
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'amqptasks' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,6 @@
+"""``python -m amqptasks``."""
+
+from amqptasks.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The app: registry of tasks and composition root. Nothing is connected or read before it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
+
+from amqptasks.broker.admin import declare
+from amqptasks.broker.aio import AioPublisher
+from amqptasks.broker.publisher import Publisher
+from amqptasks.client import Callee, Client, NamedCallee
+from amqptasks.config import Settings, load_settings
+from amqptasks.errors import ConfigError
+from amqptasks.options import TaskOptions, TaskOptionsArguments, task_options
+from amqptasks.results import AsyncResult
+from amqptasks.routing import Router
+from amqptasks.signature import Signature
+from amqptasks.task import Task
+from amqptasks.topology import Topology, build_topology
+
+__all__ = ["AmqpTasks", "current_app", "shared_task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+AnyTask = Task[..., Any]
+
+#: Tasks of `shared_task`: every app has them.
+_shared: dict[str, AnyTask] = {}
+_last_app: AmqpTasks | None = None
+
+
+class AmqpTasks:
+    """The tasks of one application and the way to the broker.
+
+    Args:
+        name: shown in logs, and the prefix of tasks that are defined in ``__main__``.
+        config: path of the YAML file, or its content as a mapping. By default ``$AMQPTASKS_CONFIG``,
+            ``./config/amqptasks.yaml`` or ``./amqptasks.yaml``, where there is one.
+        broker: AMQP URL or several nodes; wins over file and environment.
+        backend: result store; wins over file and environment.
+        include: modules that define tasks; the worker imports them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        config: str | Path | Mapping[str, Any] | None = None,
+        broker: str | Sequence[str] | None = None,
+        backend: str | None = None,
+        include: Iterable[str] = (),
+    ) -> None:
+        global _last_app  # noqa: PLW0603 - `shared_task` finds the app that was made last, as Celery users expect
+        self.name = name
+        self._config = config
+        self._overrides: dict[str, Any] = {}
+        if broker is not None:
+            self._overrides["broker"] = {"url": broker}
+        if backend is not None:
+            self._overrides["result"] = {"backend": backend}
+        self._include = list(include)
+        self._own: dict[str, AnyTask] = {}
+        #: Every task by name: the app's own, and those of `shared_task`.
+        self.tasks: Mapping[str, AnyTask] = ChainMap(self._own, _shared)
+        self._lock = threading.RLock()
+        _last_app = self
+
+    def __repr__(self) -> str:
+        return f"<AmqpTasks {self.name}>"
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The effective settings. Raises `ConfigError`."""
+        with self._lock:
+            if isinstance(self._config, Mapping):
+                return load_settings(data=self._config, overrides=self._overrides)
+            return load_settings(self._config, overrides=self._overrides)
+
+    def configure(self, settings: Settings) -> None:
+        """Use `settings`, as the command line read them. Before the first call only."""
+        self.__dict__["settings"] = settings
+
+    @cached_property
+    def router(self) -> Router:
+        """Resolves the route of a call."""
+        return Router(self.settings)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """What the settings declare in the broker."""
+        return build_topology(self.settings)
+
+    def declare(self) -> None:
+        """Declare exchanges, queues and bindings. Idempotent. Raises `TopologyConflict`, `BrokerError`."""
+        declare(self.topology, self.settings.broker, passive=not self.settings.topology.declare)
+
+    # -- tasks ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self, *, bind: Literal[True], **options: Unpack[TaskOptionsArguments]
+    ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
+    @overload
+    def task(
+        self, *, bind: Literal[False] = False, **options: Unpack[TaskOptionsArguments]
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+    def task(self, *function: Callable[..., Any], bind: bool = False, **options: Any) -> Any:
+        """Make a function a task: ``@app.task`` or ``@app.task(bind=True, queue="email", …)``.
+
+        Raises `ConfigError` for an option that does not exist or does not fit.
+        """
+
+        def decorate(wrapped: Callable[..., Any]) -> AnyTask:
+            made = _make_task(wrapped, self.name, bind, options, lambda: self)
+            other = self._own.get(made.name)
+            # The same function again is a module that is reloaded; another one would take its messages.
+            if other is not None and (other.__module__, other.__qualname__) != (made.__module__, made.__qualname__):
+                raise ConfigError(f"task {made.name!r} is defined twice: {other.function!r} and {wrapped!r}")
+            self._own[made.name] = made
+            return made
+
+        return decorate(*function) if function else decorate
+
+    def effective_options(self, task: AnyTask) -> TaskOptions:
+        """The task's options with the file's ``tasks:`` section on top; later patterns win."""
+        found: dict[str, Any] = {}
+        for pattern, extra in self.settings.tasks.items():
+            if fnmatchcase(task.name, pattern):
+                found.update(extra.model_dump(exclude_unset=True))
+        return task.declared_options.merged(found)
+
+    def import_tasks(self) -> None:
+        """Import the modules of ``include``, here and in the settings. Raises `ConfigError` naming the module."""
+        for module in (*self._include, *self.settings.include):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
+                    raise ConfigError(f"include: module {module!r} does not exist") from None
+                raise
+        self._check_queues()
+
+    def autodiscover_tasks(self, packages: Iterable[str], related_name: str = "tasks") -> None:
+        """Have the worker import ``<package>.<related_name>`` of each package, where it exists."""
+        for package in packages:
+            if importlib.util.find_spec(f"{package}.{related_name}") is not None:
+                self._include.append(f"{package}.{related_name}")
+
+    def _check_queues(self) -> None:
+        declared = self.settings.queues
+        for task in self.tasks.values():
+            queue = task.options.queue
+            if queue is not None and queue not in declared:
+                raise ConfigError(
+                    f"task {task.name}: queue {queue!r} is not declared; queues: {', '.join(sorted(declared))}"
+                )
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def client(self) -> Client:
+        """Publishes calls; opens its connection at the first one."""
+        with self._lock:
+            settings = self.settings
+            common: dict[str, Any] = {"declare": self.declare, "knows_route": self.topology.routes, "name": self.name}
+            return Client(
+                settings,
+                self.router,
+                Publisher(settings.broker, **common),
+                AioPublisher(settings.broker, **common),
+            )
+
+    def send_task(
+        self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> AsyncResult[Any]:
+        """Publish a call by name, for a task whose code is not importable here. Options as in `Task.apply_async`."""
+        return self.client.send(self._callee(name), args, kwargs or {}, **options)
+
+    async def asend_task(
+        self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> AsyncResult[Any]:
+        """`send_task` for asyncio."""
+        return await self.client.asend(self._callee(name), args, kwargs or {}, **options)
+
+    def send_many(self, signatures: Iterable[Signature]) -> list[AsyncResult[Any]]:
+        """Publish many signatures with one pipelined wait for all confirms, in order.
+
+        Raises the first `PublishError`, with all of them in its ``failed`` attribute as ``(index, error)``.
+        """
+        calls = [(self._callee(one.task), one.args, one.kwargs, one.options) for one in signatures]
+        return self.client.send_many(calls)
+
+    def signature(
+        self, task: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> Signature:
+        """A signature of the task named `task`, that this app sends."""
+        return Signature(task, tuple(args), kwargs or {}, options, sender=self)
+
+    def apply_signature(self, signature: Signature, options: Mapping[str, Any]) -> AsyncResult[Any]:
+        """Publish a signature, with `options` on top of its own."""
+        merged = {**signature.options, **options}
+        return self.client.send(self._callee(signature.task), signature.args, signature.kwargs, **merged)
+
+    def close(self) -> None:
+        """Close the connection of this process, if it was opened."""
+        if "client" in self.__dict__:
+            self.client.close()
+
+    def _callee(self, name: str) -> Callee:
+        return self.tasks.get(name) or NamedCallee(name)
+
+
+def current_app() -> AmqpTasks:
+    """The app that was made last in this process. Raises `ConfigError` when there is none."""
+    if _last_app is None:
+        raise ConfigError("no app: create AmqpTasks(…) and import its module before a shared task is called")
+    return _last_app
+
+
+@overload
+def shared_task(function: Callable[P, R], /) -> Task[P, R]: ...
+@overload
+def shared_task(
+    *, bind: Literal[True], **options: Unpack[TaskOptionsArguments]
+) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
+@overload
+def shared_task(
+    *, bind: Literal[False] = False, **options: Unpack[TaskOptionsArguments]
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+def shared_task(*function: Callable[..., Any], bind: bool = False, **options: Any) -> Any:
+    """Make a function a task of whichever app there is: for libraries and reusable packages."""
+
+    def decorate(wrapped: Callable[..., Any]) -> AnyTask:
+        made = _make_task(wrapped, "shared", bind, options, current_app)
+        _shared[made.name] = made
+        return made
+
+    return decorate(*function) if function else decorate
+
+
+def _make_task(
+    function: Callable[..., Any], app: str, bind: bool, options: Mapping[str, Any], host: Callable[[], AmqpTasks]
+) -> AnyTask:
+    given = dict(options)
+    name = given.pop("name", None) or f"{_module_name(function.__module__, app)}.{function.__name__}"
+    return Task(function, name=name, options=task_options(name, given), bind=bind, host=host)
+
+
+def _module_name(module: str, app: str) -> str:
+    """A name that the worker will see too: ``__main__`` is the module's real name, else the app's."""
+    if module != "__main__":
+        return module
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name:
+        return str(spec.name).removesuffix(".__main__")
+    file = getattr(main, "__file__", None)
+    return Path(file).stem if file else app
+
+
+def find_app(name: str) -> AmqpTasks:
+    """The app that ``-A`` names: ``module:attribute``, or a module with an `app`, or one in ``<module>.amqptasks``.
+
+    Raises `ConfigError` naming what was looked for.
+    """
+    module_name, _, attribute = name.partition(":")
+    candidates = [module_name] if attribute else [module_name, f"{module_name}.amqptasks"]
+    for candidate in candidates:
+        try:
+            module = importlib.import_module(candidate)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (candidate == error.name or candidate.startswith(error.name + ".")):
+                continue
+            raise
+        names = [attribute] if attribute else ["app", "amqptasks"]
+        for one in names:
+            found = getattr(module, one, None)
+            if isinstance(found, AmqpTasks):
+                return found
+        if not attribute:
+            apps = [value for value in vars(module).values() if isinstance(value, AmqpTasks)]
+            if len(apps) == 1:
+                return apps[0]
+    raise ConfigError(
+        f"no app at {name!r}: looked in {', '.join(candidates)} for an AmqpTasks instance. "
+        "Is the module's folder the current one, or on PYTHONPATH?"
+    )

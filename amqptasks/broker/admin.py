@@ -1,0 +1,308 @@
+"""Declaring a topology, and counting what waits: short visits on a connection of their own.
+
+Errors of one entity close only its channel (AMQP 0-9-1), so that a visit goes on with the next entity and reports
+everything that is wrong at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import pika
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.exceptions import AMQPError, ChannelClosedByBroker
+
+from amqptasks.broker.failures import translate
+from amqptasks.broker.parameters import connection_parameters
+from amqptasks.config.models import BrokerSettings
+from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerUnreachable, ConfigError, TopologyConflict
+from amqptasks.topology.conflicts import MAX_DIFFERENCES, Conflict, adopted, explain, parse_conflict, telling
+from amqptasks.topology.entities import Binding, Exchange, Queue, Topology
+
+__all__ = ["declare", "queue_counts"]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def declare(
+    topology: Topology, broker_settings: BrokerSettings, *, passive: bool = False, name: str = "declare"
+) -> None:
+    """Make the broker hold this topology; what stands already is left as it is. With `passive`, only check.
+
+    What the user may not configure has to stand already. A passive check, and a user without permission to configure,
+    see that queues and exchanges exist; AMQP shows them neither arguments nor bindings.
+
+    Raises TopologyConflict where a queue or exchange exists with other arguments (all of them in the message, the
+    first one in the attributes), ConfigError for what is missing in a passive check or what the broker does not
+    accept, AccessRefused for a missing permission, BrokerUnreachable when no node answers.
+    """
+    _on_some_node(broker_settings, name, lambda connection, vhost: _Declaring(connection, vhost, passive).run(topology))
+
+
+def queue_counts(
+    broker_settings: BrokerSettings, names: Iterable[str], *, name: str = "count"
+) -> dict[str, tuple[int, int] | None]:
+    """(messages ready, consumers) of each queue, None for a queue that does not exist.
+
+    Messages that a consumer holds unacknowledged are not counted (AMQP 0-9-1, queue.declare-ok), and a quorum queue
+    whose leader is slow to answer counts as 0: this is no proof that a queue is empty.
+    """
+    wanted = list(names)
+
+    def count(connection: pika.BlockingConnection, vhost: str) -> dict[str, tuple[int, int] | None]:
+        channels = _Channels(connection)
+        counts: dict[str, tuple[int, int] | None] = {}
+        for queue in wanted:
+            try:
+                found = channels.get().queue_declare(queue, passive=True).method
+                counts[queue] = (found.message_count, found.consumer_count)
+            except ChannelClosedByBroker as closed:
+                if closed.reply_code == 404:
+                    counts[queue] = None
+                elif closed.reply_code == 403:
+                    raise AccessRefused(f"counting queue {queue!r}: {closed.reply_text}") from closed
+                else:
+                    raise ConfigError(f"counting queue {queue!r}: {closed.reply_text}") from closed
+        return counts
+
+    return _on_some_node(broker_settings, name, count)
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+def _on_some_node(settings: BrokerSettings, name: str, visit: Callable[[pika.BlockingConnection, str], T]) -> T:
+    """Run a visit on the first node that answers; a connection lost on the way is tried again on the next node."""
+    failures: list[AmqpTasksError] = []
+    for parameters in connection_parameters(settings, name):
+        try:
+            with _connected(parameters) as connection:
+                return visit(connection, parameters.virtual_host)
+        except (AMQPError, OSError) as error:
+            failures.append(translate(error, parameters))
+    refused = next((failure for failure in failures if not isinstance(failure, BrokerUnreachable)), None)
+    if refused is not None:
+        raise refused
+    if len(failures) == 1:
+        raise failures[0]
+    raise BrokerUnreachable("; ".join(map(str, failures))) from failures[-1]
+
+
+@contextmanager
+def _connected(parameters: pika.ConnectionParameters) -> Iterator[pika.BlockingConnection]:
+    connection = pika.BlockingConnection(parameters)
+    try:
+        yield connection
+    finally:
+        if connection.is_open:
+            with suppress(AMQPError, OSError):
+                connection.close()
+
+
+class _Channels:
+    """A channel to work on: the same one until the broker closes it, then a new one."""
+
+    def __init__(self, connection: pika.BlockingConnection) -> None:
+        self._connection = connection
+        self._channel: BlockingChannel | None = None
+
+    def get(self) -> BlockingChannel:
+        if self._channel is None or not self._channel.is_open:
+            self._channel = self._connection.channel()
+        return self._channel
+
+
+# --- declaring -------------------------------------------------------------------------------------------------------
+
+
+class _Declaring:
+    """One visit: declares in order, collects what is wrong, raises it at the end."""
+
+    def __init__(self, connection: pika.BlockingConnection, vhost: str, passive: bool) -> None:
+        self._channels = _Channels(connection)
+        self._vhost = vhost
+        self._passive = passive
+        self._configured = 0
+        #: Kinds ("exchange", "queue") of which the user may not configure something. They are looked up first from
+        #: then on, or each start of a worker would leave a page of errors in the broker's log.
+        self._reserved: set[str] = set()
+        self._conflicts: list[list[Conflict]] = []
+        self._invalid: list[str] = []
+        self._missing: list[str] = []
+        self._refused: list[str] = []
+
+    def run(self, topology: Topology) -> None:
+        step = self._check if self._passive else self._declare
+        for exchange in topology.exchanges:
+            step(exchange)
+        for queue in topology.queues:
+            step(queue)
+        self._raise_problems()
+        if not self._passive:
+            self._bind_all(topology.bindings)
+            self._raise_problems()
+
+    def _declare(self, entity: Exchange | Queue) -> None:
+        kind = _kind(entity)
+        if kind in self._reserved and self._exists(entity):
+            return
+        try:
+            _send_declare(self._channels.get(), entity)
+        except ChannelClosedByBroker as closed:
+            if closed.reply_code == 403:
+                self._declare_refused(entity, closed.reply_text)
+            else:
+                self._note(entity, closed)
+        else:
+            self._configured += 1
+
+    def _declare_refused(self, entity: Exchange | Queue, reply_text: str) -> None:
+        kind = _kind(entity)
+        self._reserved.add(kind)
+        if not self._exists(entity):
+            self._refused.append(
+                f"the {kind} {entity.name!r} does not exist, and the user may not make it: {reply_text}. "
+                f"Give the user configure permission on it{_more_permissions(entity)}, or make it with another user"
+            )
+
+    def _exists(self, entity: Exchange | Queue) -> bool:
+        """Whether the broker holds an entity of that name; a user may ask without any permission (but on 4.3.0)."""
+        try:
+            _send_passive(self._channels.get(), entity)
+        except ChannelClosedByBroker as closed:
+            if closed.reply_code not in (403, 404):
+                self._note(entity, closed)
+                return True
+            return False
+        return True
+
+    def _check(self, entity: Exchange | Queue) -> None:
+        try:
+            _send_passive(self._channels.get(), entity)
+        except ChannelClosedByBroker as closed:
+            kind = _kind(entity)
+            if closed.reply_code == 404:
+                self._missing.append(f"{kind} {entity.name!r}")
+            elif closed.reply_code == 403:
+                self._refused.append(f"the {kind} {entity.name!r} cannot be looked up: {closed.reply_text}")
+            else:
+                self._note(entity, closed)
+
+    def _note(self, entity: Exchange | Queue, closed: ChannelClosedByBroker) -> None:
+        conflict = parse_conflict(entity, closed.reply_text)
+        if conflict is not None:
+            self._conflicts.append(telling(self._differences(conflict)))
+        elif closed.reply_code == 405:  # RESOURCE_LOCKED
+            self._conflicts.append([Conflict(entity, "exclusive", declared="false", live="true")])
+        else:
+            self._invalid.append(f"{entity.origin or entity.name}: the broker refuses it: {closed.reply_text}")
+
+    def _differences(self, first: Conflict) -> list[Conflict]:
+        """All arguments that differ. The broker names one an answer, so ask on with its live values until it agrees.
+
+        Nothing is made by this: the entity exists, and the last question declares it as it is.
+        """
+        found = [first]
+        while len(found) < MAX_DIFFERENCES:
+            entity = adopted(found[-1])
+            if entity is None:
+                break
+            try:
+                _send_declare(self._channels.get(), entity)
+                break
+            except ChannelClosedByBroker as closed:
+                following = parse_conflict(entity, closed.reply_text)
+                if following is None or following.argument in [conflict.argument for conflict in found]:
+                    break
+                found.append(following)
+        return found
+
+    def _bind_all(self, bindings: Iterable[Binding]) -> None:
+        for binding in bindings:
+            try:
+                _send_bind(self._channels.get(), binding)
+            except ChannelClosedByBroker as closed:
+                if closed.reply_code == 403:
+                    logger.info("binding %s: %s; taken as made already", _describe(binding), closed.reply_text)
+                    if self._configured == 0:
+                        return  # A topology made by somebody else: the other bindings would be refused as well.
+                else:
+                    self._invalid.append(f"{binding.origin}: binding {_describe(binding)}: {closed.reply_text}")
+
+    def _raise_problems(self) -> None:
+        texts = [explain(conflicts, self._vhost) for conflicts in self._conflicts] + self._invalid
+        texts += self._refused
+        if self._missing:
+            texts.append(
+                f"virtual host {self._vhost!r} lacks {', '.join(self._missing)}. Make them with "
+                "`amqptasks topology apply`, or set topology.declare: true"
+            )
+        message = "\n".join(texts)
+        if self._conflicts:
+            first = self._conflicts[0][0]
+            raise TopologyConflict(
+                message,
+                entity=first.entity.name,
+                argument=first.argument,
+                declared=first.declared,
+                live=first.live,
+            )
+        if self._invalid or self._missing:
+            raise ConfigError(message)
+        if self._refused:
+            raise AccessRefused(message)
+
+
+def _kind(entity: Exchange | Queue) -> str:
+    return "exchange" if isinstance(entity, Exchange) else "queue"
+
+
+def _describe(binding: Binding) -> str:
+    return f"{binding.source!r} -> {binding.destination_type} {binding.destination!r} by {binding.routing_key!r}"
+
+
+def _more_permissions(entity: Exchange | Queue) -> str:
+    """Declaring a dead-letter or alternate exchange takes more (RabbitMQ, access control)."""
+    table = dict(entity.arguments)
+    target = table.get("x-dead-letter-exchange") or table.get("alternate-exchange")
+    return f" (with read on it and write on {target!r})" if target else ""
+
+
+def _send_declare(channel: BlockingChannel, entity: Exchange | Queue) -> None:
+    arguments: dict[str, Any] = dict(entity.arguments)
+    if isinstance(entity, Exchange):
+        channel.exchange_declare(
+            entity.name,
+            entity.type,
+            durable=entity.durable,
+            auto_delete=entity.auto_delete,
+            internal=entity.internal,
+            arguments=arguments,
+        )
+    else:
+        channel.queue_declare(
+            entity.name,
+            durable=entity.durable,
+            exclusive=entity.exclusive,
+            auto_delete=entity.auto_delete,
+            arguments=arguments,
+        )
+
+
+def _send_passive(channel: BlockingChannel, entity: Exchange | Queue) -> None:
+    if isinstance(entity, Exchange):
+        channel.exchange_declare(entity.name, entity.type, passive=True)
+    else:
+        channel.queue_declare(entity.name, passive=True)
+
+
+def _send_bind(channel: BlockingChannel, binding: Binding) -> None:
+    arguments = dict(binding.arguments)
+    if binding.destination_type == "exchange":
+        channel.exchange_bind(binding.destination, binding.source, binding.routing_key, arguments=arguments)
+    else:
+        channel.queue_bind(binding.destination, binding.source, binding.routing_key, arguments=arguments)

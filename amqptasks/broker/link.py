@@ -1,0 +1,140 @@
+"""A connection that comes back: one pika connection at a time on an I/O loop, over a list of nodes, with back-off."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pika
+from pika.adapters.select_connection import IOLoop
+
+from amqptasks.broker.failures import translate
+from amqptasks.errors import BrokerError, BrokerUnreachable
+
+__all__ = ["Link", "new_loop"]
+
+_PAUSE_FIRST, _PAUSE_MAX = 0.1, 30.0
+_STABLE_SECONDS = 60.0
+
+
+def new_loop() -> IOLoop:
+    """An I/O loop for links."""
+    return IOLoop()
+
+
+class Link:
+    """Keeps a connection open. All methods belong to the loop's thread.
+
+    `on_up(connection)` is called when a connection is open; `on_down(error)` when one is lost or an attempt failed,
+    with None after `close`. Nodes are tried in a random order, one after the other, before a pause; pauses grow with
+    full jitter up to 30 s and start anew after a minute of stability.
+    """
+
+    def __init__(self, loop: IOLoop, parameters: list[pika.ConnectionParameters]) -> None:
+        self.loop = loop
+        self._nodes = random.sample(parameters, len(parameters))
+        self._node = 0
+        self._failures = 0
+        self._connection: pika.SelectConnection | None = None
+        self._timer: Any = None
+        self._up_at = 0.0
+        self._wanted = False
+        self._watchers: list[tuple[Callable[[Any], None], Callable[[BrokerError | None], None]]] = []
+        #: `time.monotonic` of the broker's connection.blocked; None while it takes messages.
+        self.blocked_since: float | None = None
+        self.on_unblocked: Callable[[], None] = lambda: None
+
+    def watch(self, on_up: Callable[[Any], None], on_down: Callable[[BrokerError | None], None]) -> None:
+        """Call these when the connection comes and goes."""
+        self._watchers.append((on_up, on_down))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a connection exists, be it open, opening or closing."""
+        return self._connection is not None
+
+    def open(self) -> None:
+        """Connect, and keep connected until `close`."""
+        self._wanted = True
+        if self._connection is None and self._timer is None:
+            self._connect()
+
+    def connect_now(self) -> None:
+        """Do not wait for the end of a pause: somebody wants to publish."""
+        if self._timer is not None:
+            self.loop.remove_timeout(self._timer)
+            self._timer = None
+            self._connect()
+
+    def close(self) -> None:
+        """Close the connection and stay closed."""
+        self._wanted = False
+        if self._timer is not None:
+            self.loop.remove_timeout(self._timer)
+            self._timer = None
+        connection = self._connection
+        if connection is not None and not (connection.is_closing or connection.is_closed):
+            connection.close()
+
+    # -- attempts -------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._timer = None
+        parameters = self._nodes[self._node]
+        try:
+            self._connection = pika.SelectConnection(
+                parameters,
+                on_open_callback=self._opened,
+                on_open_error_callback=lambda connection, error: self._lost(connection, error, parameters),
+                on_close_callback=lambda connection, error: self._lost(connection, error, parameters),
+                custom_ioloop=self.loop,
+            )
+        except Exception as error:  # an address that cannot even be tried
+            self._again(translate(error, parameters))
+
+    def _opened(self, connection: pika.SelectConnection) -> None:
+        if not self._wanted:
+            connection.close()
+            return
+        self._up_at = time.monotonic()
+        self.blocked_since = None
+        connection.add_on_connection_blocked_callback(self._blocked)
+        connection.add_on_connection_unblocked_callback(self._unblocked)
+        for on_up, _ in self._watchers:
+            on_up(connection)
+
+    def _blocked(self, _connection: object, _method: object) -> None:
+        self.blocked_since = time.monotonic()
+
+    def _unblocked(self, _connection: object, _method: object) -> None:
+        self.blocked_since = None
+        self.on_unblocked()
+
+    def _lost(self, connection: object, error: object, parameters: pika.ConnectionParameters) -> None:
+        if connection is not self._connection and self._connection is not None:
+            return
+        self._connection = None
+        self.blocked_since = None
+        if not self._wanted:
+            for _, on_down in self._watchers:
+                on_down(None)
+            return
+        if self._up_at and time.monotonic() - self._up_at > _STABLE_SECONDS:
+            self._failures = 0
+        self._up_at = 0.0
+        self._again(translate(error, parameters))
+
+    def _again(self, error: BrokerError) -> None:
+        self._connection = None
+        self._node = (self._node + 1) % len(self._nodes)
+        self._failures += 1
+        rounds = (self._failures - 1) // len(self._nodes)
+        if isinstance(error, BrokerUnreachable) and self._failures % len(self._nodes):
+            pause = 0.0  # the next node at once
+        else:
+            pause = random.uniform(_PAUSE_FIRST, min(_PAUSE_MAX, _PAUSE_FIRST * 2.0 ** min(rounds + 1, 10)))
+        self._timer = self.loop.call_later(pause, self._connect)
+        for _, on_down in self._watchers:
+            on_down(error)

@@ -1,0 +1,70 @@
+"""From settings to pika's connection parameters."""
+
+from __future__ import annotations
+
+import ssl
+
+import pika
+
+from amqptasks import __version__
+from amqptasks.config import BrokerSettings
+from amqptasks.errors import ConfigError
+
+__all__ = ["connection_parameters", "node_name"]
+
+
+def connection_parameters(
+    settings: BrokerSettings, name: str, *, timeout: float | None = None
+) -> list[pika.ConnectionParameters]:
+    """Parameters for each node, in the order of the settings.
+
+    Args:
+        name: the connection's name in the management UI.
+        timeout: seconds for connecting to one node; `settings.connection_timeout` by default.
+
+    Raises:
+        ConfigError: a URL or a certificate cannot be used. Passwords are not shown.
+    """
+    limit = timeout or settings.connection_timeout
+    result = []
+    for url in settings.url:
+        try:
+            # `amqp://host//` is Celery's way to write the default virtual host.
+            parameters = pika.URLParameters(url[:-2] + "/%2F" if url.endswith("//") and url.count("//") == 2 else url)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"broker.url: not an AMQP URL: {error}") from None
+        parameters.heartbeat = settings.heartbeat
+        parameters.connection_attempts = 1
+        parameters.socket_timeout = limit
+        parameters.stack_timeout = limit
+        parameters.blocked_connection_timeout = None
+        parameters.client_properties = {
+            "connection_name": name,
+            "product": "amqptasks",
+            "version": __version__,
+        }
+        parameters.tcp_options = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+        if settings.tls is not None or url.startswith("amqps://"):
+            parameters.ssl_options = _tls(settings, parameters.host)
+        result.append(parameters)
+    return result
+
+
+def _tls(settings: BrokerSettings, host: str) -> pika.SSLOptions:
+    tls = settings.tls
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_file if tls is not None else None)
+        if tls is not None and tls.cert_file is not None:
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"broker.tls: {error}") from None
+    if tls is not None and not tls.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return pika.SSLOptions(context, host)
+
+
+def node_name(parameters: pika.ConnectionParameters) -> str:
+    """``host:port/vhost``, without user and password."""
+    vhost = parameters.virtual_host
+    return f"{parameters.host}:{parameters.port}/{'' if vhost == '/' else vhost}"

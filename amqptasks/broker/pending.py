@@ -1,0 +1,98 @@
+"""A message on its way to its confirm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from amqptasks.broker.wire import EncodedProperties
+from amqptasks.config.models import PublishRetrySettings
+from amqptasks.errors import BrokerError, ConfigError, PublishError
+from amqptasks.message import Envelope
+
+__all__ = ["Declarer", "Pending", "RetryPolicy", "retry_policy"]
+
+#: Declares what an envelope's route needs; returns None when it did, or why not.
+Declarer = Callable[[Envelope], BrokerError | ConfigError | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a publish is tried again, and how long it pauses. Seconds; Celery's names."""
+
+    max_retries: int | None = 5
+    interval_start: float = 0.1
+    interval_step: float = 0.3
+    interval_max: float = 1.5
+
+    def pause(self, retry: int) -> float:
+        """Seconds before retry number `retry`, counted from 0."""
+        return min(self.interval_max, self.interval_start + retry * self.interval_step)
+
+
+NO_RETRY = RetryPolicy(max_retries=0)
+
+
+def retry_policy(settings: PublishRetrySettings, given: Mapping[str, Any] | None, *, retry: bool) -> RetryPolicy:
+    """The policy of one publish. Raises `ConfigError` for a key that does not exist."""
+    if not retry:
+        return NO_RETRY
+    values = settings.model_dump()
+    for name, value in (given or {}).items():
+        if name not in values:
+            raise ConfigError(f"retry_policy: {name!r} is not known; keys: {', '.join(values)}")
+        values[name] = value
+    return RetryPolicy(**values)
+
+
+class Pending:
+    """One message, until it is confirmed or failed. Without a deadline it is tried for ever."""
+
+    __slots__ = (
+        "deadline",
+        "declared",
+        "done",
+        "envelope",
+        "policy",
+        "properties",
+        "retries",
+        "returned",
+        "sent",
+        "since",
+    )
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        properties: EncodedProperties,
+        done: Callable[[PublishError | None], None],
+        *,
+        deadline: float | None = None,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        self.envelope = envelope
+        self.properties = properties
+        #: Called once; None afterwards.
+        self.done: Callable[[PublishError | None], None] | None = done
+        self.deadline = deadline
+        self.policy = policy
+        self.retries = 0
+        self.returned: str | None = None
+        self.sent = False
+        self.declared = False
+        self.since = time.monotonic()
+
+    def try_again(self) -> bool:
+        """Count a retry. False when there is none left."""
+        if self.policy is None:
+            return True
+        if self.policy.max_retries is not None and self.retries >= self.policy.max_retries:
+            return False
+        self.retries += 1
+        return True
+
+    def pause(self) -> float:
+        """Seconds before the retry that was counted last."""
+        return 0.5 if self.policy is None else self.policy.pause(self.retries - 1)

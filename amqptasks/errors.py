@@ -1,0 +1,194 @@
+"""Every error of amqptasks, in one tree.
+
+::
+
+    AmqpTasksError
+    ├── ConfigError                    settings, routes, options: file, line and key are named
+    │   └── TopologyConflict           a live queue or exchange differs from the declared one
+    ├── BrokerError                    the broker cannot be used
+    │   ├── BrokerUnreachable          refused, timed out, connection lost
+    │   └── AccessRefused              password, virtual host or permission
+    ├── PublishError                   a message may not have been taken
+    │   ├── Unroutable                 returned: no queue is bound for its key
+    │   ├── Nacked                     the broker refused it (queue full, no quorum)
+    │   ├── BrokerBlocked              memory or disk alarm on the broker
+    │   └── PublishTimeout             no confirm in time
+    ├── SerializationError             an argument or body cannot be encoded
+    ├── DecodeError                    a body cannot be decoded
+    ├── InvalidArguments               arguments do not fit the task
+    ├── UnknownTask                    no task of that name is registered
+    ├── MaxRetriesExceeded             `Task.retry` was called once too often
+    ├── TaskRevoked                    the task was revoked before it ran
+    ├── TimeLimitExceeded              the hard time limit ended the task
+    └── WorkerLost                     the process that ran the task died
+
+Raised inside tasks, to steer what happens to the message:
+
+``Retry``, ``Reject``, ``Ignore`` and ``SoftTimeLimitExceeded`` derive from `Exception` directly, so that
+``except AmqpTasksError`` in a task does not swallow them.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+__all__ = [
+    "AccessRefused",
+    "AmqpTasksError",
+    "BrokerBlocked",
+    "BrokerError",
+    "BrokerUnreachable",
+    "ConfigError",
+    "DecodeError",
+    "Ignore",
+    "InvalidArguments",
+    "MaxRetriesExceeded",
+    "Nacked",
+    "PublishError",
+    "PublishTimeout",
+    "Reject",
+    "Retry",
+    "SerializationError",
+    "SoftTimeLimitExceeded",
+    "TaskRevoked",
+    "TimeLimitExceeded",
+    "TopologyConflict",
+    "UnknownTask",
+    "Unroutable",
+    "WorkerLost",
+]
+
+
+class AmqpTasksError(Exception):
+    """Base of every error that amqptasks raises to its callers."""
+
+
+class ConfigError(AmqpTasksError):
+    """A setting, a route or an option is wrong. The message names the place and the nearest valid name."""
+
+
+class TopologyConflict(ConfigError):
+    """A queue or exchange exists in the broker with arguments that differ from the declared ones.
+
+    AMQP freezes arguments at the first declaration (AMQP 0-9-1, queue.declare; RabbitMQ answers 406).
+    """
+
+    def __init__(self, message: str, *, entity: str, argument: str, declared: str, live: str) -> None:
+        super().__init__(message)
+        self.entity = entity
+        self.argument = argument
+        self.declared = declared
+        self.live = live
+
+
+class BrokerError(AmqpTasksError):
+    """The broker cannot be used. Names the node, never the password."""
+
+
+class BrokerUnreachable(BrokerError):
+    """No node of the broker answers: refused, timed out, or the connection was lost."""
+
+
+class AccessRefused(BrokerError):
+    """The broker refused the user, the virtual host or an operation for lack of permission."""
+
+
+class PublishError(AmqpTasksError):
+    """A message may not have been taken by the broker.
+
+    `sent` tells whether its bytes left this process: when it is true, the message may still be delivered.
+    """
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+        #: After `send_many`: every call that failed, as (index, error).
+        self.failed: list[tuple[int, PublishError]] = []
+
+
+class Unroutable(PublishError):
+    """The broker returned the message: no queue is bound to the exchange for this routing key (basic.return)."""
+
+
+class Nacked(PublishError):
+    """The broker refused the message (basic.nack): the queue is full, or has no quorum."""
+
+
+class BrokerBlocked(PublishError):
+    """The broker stopped taking messages (connection.blocked: a memory or disk alarm) for `blocked_timeout`."""
+
+
+class PublishTimeout(PublishError):
+    """The broker did not confirm the message before the deadline."""
+
+
+class SerializationError(AmqpTasksError):
+    """An argument cannot be serialized. The message names it."""
+
+
+class DecodeError(AmqpTasksError):
+    """A message body cannot be decoded: content type not accepted, malformed, or too large."""
+
+
+class InvalidArguments(AmqpTasksError):
+    """Arguments do not fit the task's signature or annotations."""
+
+
+class UnknownTask(AmqpTasksError):
+    """No task of that name is registered."""
+
+
+class MaxRetriesExceeded(AmqpTasksError):
+    """A task asked for a retry after its last one, and named no exception to raise instead."""
+
+
+class TaskRevoked(AmqpTasksError):
+    """The task was revoked before it ran."""
+
+
+class TimeLimitExceeded(AmqpTasksError):
+    """The hard time limit passed and the task was killed."""
+
+
+class WorkerLost(AmqpTasksError):
+    """The process that ran the task died (signal, memory, exit)."""
+
+
+class Retry(Exception):
+    """Raised in a task: run it again later. `Task.retry` builds and raises it."""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        exc: BaseException | None = None,
+        when: float | datetime | None = None,
+        *,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message or (f"retry: {exc!r}" if exc is not None else "retry"))
+        self.exc = exc
+        #: Seconds from now, or the time at which to run again; None for the task's default delay.
+        self.when = when
+        self.sig_args = args
+        self.sig_kwargs = kwargs
+        self.options = options or {}
+
+
+class Reject(Exception):
+    """Raised in a task: dead-letter the message (reason ``rejected``), or give it back with ``requeue=True``."""
+
+    def __init__(self, reason: str = "", requeue: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.requeue = requeue
+
+
+class Ignore(Exception):
+    """Raised in a task: acknowledge the message and record no state."""
+
+
+class SoftTimeLimitExceeded(Exception):
+    """Raised inside a task when its soft time limit passes, so that it can clean up."""

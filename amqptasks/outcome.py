@@ -1,0 +1,91 @@
+"""What became of one delivery: a closed set of frozen values.
+
+An executor builds one for each task it ran; intake builds one for what must not run. `worker/settlement.py` turns it
+into effects (publish, confirm) and then settles the delivery.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = [
+    "Discarded",
+    "Failed",
+    "GivenBack",
+    "Lost",
+    "Outcome",
+    "Postponed",
+    "Reason",
+    "Retrying",
+    "Succeeded",
+]
+
+
+class Reason(StrEnum):
+    """Why a message stands in a dead-letter queue (header ``x-task-reason``)."""
+
+    FAILED = "failed"
+    RETRIES_EXHAUSTED = "retries_exhausted"
+    TIME_LIMIT = "time_limit"
+    POISON = "poison"
+    UNKNOWN_TASK = "unknown_task"
+    INVALID_ARGUMENTS = "invalid_arguments"
+    UNDECODABLE = "undecodable"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The task returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrying:
+    """The task asked to run again `delay` seconds from now. `body` replaces the message's when arguments changed."""
+
+    delay: float
+    exception: str = ""
+    message: str = ""
+    body: bytes | None = None
+    queue: str | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The message goes to the dead-letter exchange, with the error in its headers."""
+
+    reason: Reason
+    exception: str = ""
+    message: str = ""
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Discarded:
+    """The task raised `Ignore`, or an operator wants the message gone: acknowledged, nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """The message came before its time (`eta`): it waits `delay` more seconds in the broker."""
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The process that ran the task died. Run again, and counted; dead-lettered as poison at the limit."""
+
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivenBack:
+    """Not run, or not to its end (shutdown, `Reject(requeue=True)`): requeued by the broker."""
+
+
+Outcome = Succeeded | Retrying | Failed | Discarded | Postponed | Lost | GivenBack

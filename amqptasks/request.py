@@ -1,0 +1,51 @@
+"""The request: what a running task knows of its own message (``self.request``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+__all__ = ["Request", "current_request"]
+
+
+@dataclass(slots=True)
+class Request:
+    """One execution of a task, with Celery's names. `called_directly` is true outside of a worker."""
+
+    id: str | None = None
+    task: str | None = None
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    eta: datetime | None = None
+    expires: datetime | None = None
+    root_id: str | None = None
+    parent_id: str | None = None
+    group: str | None = None
+    correlation_id: str | None = None
+    reply_to: str | None = None
+    origin: str | None = None
+    hostname: str | None = None
+    #: exchange, routing_key, priority, redelivered
+    delivery_info: Mapping[str, Any] = field(default_factory=dict)
+    #: All headers of the message, with those that the caller added.
+    headers: Mapping[str, Any] = field(default_factory=dict)
+    #: (hard, soft) seconds
+    timelimit: tuple[float | None, float | None] = (None, None)
+    ignore_result: bool = False
+    called_directly: bool = True
+
+
+_current: ContextVar[Request | None] = ContextVar("amqptasks_request", default=None)
+
+
+def current_request() -> Request | None:
+    """The request of the task that runs in this thread or asyncio task; None outside of a task."""
+    return _current.get()
+
+
+set_current = _current.set
+reset_current = _current.reset

@@ -1,0 +1,178 @@
+"""The task: a function that can also be called through the broker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
+
+from amqptasks.client import Client
+from amqptasks.errors import MaxRetriesExceeded, Retry
+from amqptasks.options import TaskOptions
+from amqptasks.request import Request, current_request
+from amqptasks.results import AsyncResult
+from amqptasks.signature import Sender, Signature
+from amqptasks.validation import ArgumentValidator
+
+__all__ = ["Task", "TaskHost"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TaskHost(Sender, Protocol):
+    """What a task needs of its app. A shared task asks for the current app each time."""
+
+    @property
+    def client(self) -> Client:
+        """Publishes calls."""
+
+    def effective_options(self, task: Task[..., Any]) -> TaskOptions:
+        """The task's options with the settings on top."""
+
+
+class Task(Generic[P, R]):
+    """A decorated function. Calling it runs it here; `delay` and `apply_async` publish it.
+
+    `self` in a bound task (``bind=True``) is this object; `request` tells of the message that runs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., R],
+        *,
+        name: str,
+        options: TaskOptions,
+        bind: bool,
+        host: Callable[[], TaskHost],
+    ) -> None:
+        self.name = name
+        self.bind = bind
+        self.function = function
+        self.validate = ArgumentValidator(name, function, skip=1 if bind else 0)
+        self._declared = options
+        self._host = host
+        self._options: TaskOptions | None = None
+        self.__name__ = getattr(function, "__name__", name)
+        self.__qualname__ = getattr(function, "__qualname__", name)
+        self.__module__ = function.__module__
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function in this process, without the broker."""
+        if self.bind:
+            return self.function(self, *args, **kwargs)
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<task {self.name}>"
+
+    @property
+    def options(self) -> TaskOptions:
+        """The decorator's options with the settings file's on top."""
+        if self._options is None:
+            self._options = self._host().effective_options(self)
+        return self._options
+
+    @property
+    def declared_options(self) -> TaskOptions:
+        """The decorator's options alone."""
+        return self._declared
+
+    @property
+    def request(self) -> Request:
+        """The message that runs now; an empty request outside of a worker."""
+        return current_request() or Request()
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """Publish a call and return after the broker's confirm.
+
+        Raises:
+            InvalidArguments: the arguments do not fit the annotations.
+            SerializationError: an argument cannot be serialized.
+            Unroutable, Nacked, BrokerBlocked, PublishTimeout, PublishError: the broker did not take it.
+        """
+        return self._host().client.send(self, args, kwargs)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """`delay` for asyncio: never blocks the loop."""
+        return await self._host().client.asend(self, args, kwargs)
+
+    def apply_async(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> AsyncResult[R]:
+        """Publish a call with options, and return after the broker's confirm.
+
+        Options:
+            countdown: seconds to wait before it runs; the message waits in the broker.
+            eta: the datetime before which it must not run.
+            expires: seconds, or a datetime, after which it is dead-lettered instead of run.
+            queue, exchange, routing_key, priority: where it goes, before any route.
+            task_id, headers, serializer, compression, shadow, ignore_result.
+            time_limit, soft_time_limit: seconds.
+            retry, retry_policy: whether and how often a publish that failed is tried again
+                (``max_retries, interval_start, interval_step, interval_max``).
+            mandatory: False lets the broker drop it when no queue is bound.
+
+        Raises: what `delay` raises, and `TypeError` for an unknown option.
+        """
+        return self._host().client.send(self, args, kwargs or {}, **options)
+
+    async def aapply_async(
+        self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> AsyncResult[R]:
+        """`apply_async` for asyncio: never blocks the loop."""
+        return await self._host().client.asend(self, args, kwargs or {}, **options)
+
+    def s(self, *args: Any, **kwargs: Any) -> Signature:
+        """A signature: the call, not yet sent."""
+        return Signature(self.name, args, kwargs, sender=self._host())
+
+    def si(self, *args: Any, **kwargs: Any) -> Signature:
+        """An immutable signature: it takes no argument from a task before it."""
+        return Signature(self.name, args, kwargs, immutable=True, sender=self._host())
+
+    def retry(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        exc: BaseException | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> NoReturn:
+        """Run this task again later: publish it to the delay ladder, then acknowledge this delivery.
+
+        Args:
+            args, kwargs: replace the arguments; the same by default.
+            exc: why. It is raised instead when the retries are used up.
+            countdown, eta: when; `default_retry_delay` by default.
+            max_retries: for this call; the task's by default.
+            options: ``queue``, ``priority``.
+
+        Raises:
+            Retry: always, but for
+            exc, or MaxRetriesExceeded: when the retries are used up, or outside of a worker.
+        """
+        request = self.request
+        if request.called_directly:
+            raise exc or Retry("called outside of a worker")
+        limit = self.options.max_retries if max_retries is None else max_retries
+        if limit is not None and request.retries >= limit:
+            if exc is not None:
+                raise exc
+            raise MaxRetriesExceeded(f"task {self.name}[{request.id}] was retried {request.retries} times")
+        delay: float | datetime = self.options.default_retry_delay if countdown is None else countdown
+        again = Retry(
+            None,
+            exc,
+            eta if eta is not None else delay,
+            args=None if args is None else tuple(args),
+            kwargs=None if kwargs is None else dict(kwargs),
+            options=options,
+        )
+        # The cause stays readable in logs: "raise … from exc" without asking the user to write it.
+        raise again from exc

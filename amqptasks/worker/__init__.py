@@ -1,0 +1,1 @@
+"""The worker: a supervisor, and for each queue a process group of one leader and its executors."""

@@ -1,0 +1,131 @@
+"""What crosses between leader and executor: length-prefixed `marshal` frames over a socket pair, in batches.
+
+`marshal` is the fastest codec of the standard library. Both ends are forks of one process, so that its lack of a
+stable format does not matter, and nothing from outside reaches it but plain values.
+"""
+
+from __future__ import annotations
+
+import marshal
+import struct
+from typing import Any
+
+from amqptasks.execution.job import Job
+from amqptasks.outcome import Discarded, Failed, GivenBack, Lost, Outcome, Postponed, Reason, Retrying, Succeeded
+
+__all__ = ["FrameReader", "Report", "pack_jobs", "pack_reports", "report_of", "unpack_jobs", "unpack_report"]
+
+_LENGTH = struct.Struct("!I")
+
+#: (tag, kind, run time in seconds, *fields of the outcome)
+Report = tuple[Any, ...]
+
+_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED = range(6)
+
+
+def report_of(tag: int, outcome: Outcome, runtime: float) -> Report:
+    """An outcome as a row of plain values."""
+    match outcome:
+        case Succeeded():
+            return tag, _SUCCEEDED, runtime
+        case Retrying(delay, exception, message, body, queue, priority):
+            return tag, _RETRYING, runtime, delay, exception, message, body, queue, priority
+        case Failed(reason, exception, message, traceback):
+            return tag, _FAILED, runtime, str(reason), exception, message, traceback
+        case Discarded():
+            return tag, _DISCARDED, runtime
+        case GivenBack():
+            return tag, _GIVEN_BACK, runtime
+        case Postponed() | Lost():
+            raise AssertionError(f"an executor does not report {outcome!r}")
+
+
+def returned(tag: int) -> Report:
+    """The row of a job that was not started before its lease ended."""
+    return tag, RETURNED, 0.0
+
+
+_DONE = Succeeded()
+_GONE = Discarded()
+_BACK = GivenBack()
+
+
+def unpack_report(report: Report) -> Outcome | None:
+    """The outcome of a row; None for a job that was returned unstarted."""
+    kind = report[1]
+    if kind == _SUCCEEDED:
+        return _DONE
+    if kind == _RETRYING:
+        return Retrying(*report[3:])
+    if kind == _FAILED:
+        return Failed(Reason(report[3]), *report[4:])
+    if kind == _DISCARDED:
+        return _GONE
+    if kind == _GIVEN_BACK:
+        return _BACK
+    return None
+
+
+def pack_jobs(jobs: list[Job], lease: float) -> bytes:
+    """A batch of jobs that may be started until `lease` (`time.monotonic`, one clock for all processes)."""
+    try:
+        data = marshal.dumps((lease, [tuple(job) for job in jobs]))
+    except ValueError:  # a header holds a type of AMQP's that marshal does not take (timestamp, 64-bit integer)
+        data = marshal.dumps((lease, [tuple(job._replace(headers=_plain(job.headers))) for job in jobs]))
+    return _LENGTH.pack(len(data)) + data
+
+
+def unpack_jobs(frame: bytes) -> tuple[float, list[Job]]:
+    """The lease and the jobs of a frame."""
+    lease, rows = marshal.loads(frame)  # noqa: S302 - written by the leader, a fork of the same process
+    return lease, [Job(*row) for row in rows]
+
+
+def pack_reports(reports: list[Report]) -> bytes:
+    """A batch of outcomes."""
+    data = marshal.dumps(reports)
+    return _LENGTH.pack(len(data)) + data
+
+
+def unpack_reports(frame: bytes) -> list[Report]:
+    """The outcomes of a frame."""
+    rows: list[Report] = marshal.loads(frame)  # noqa: S302 - written by an executor, a fork of this process
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """The nearest value of exactly a type that marshal takes: pika's 64-bit integers are a subclass of int."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float | bytes):
+        return value
+    return str(value)
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Add `data`; return the frames that are complete."""
+        buffer = self._buffer
+        buffer += data
+        frames = []
+        start, end = 0, len(buffer)
+        while end - start >= 4:
+            length = _LENGTH.unpack_from(buffer, start)[0]
+            if end - start < 4 + length:
+                break
+            frames.append(bytes(buffer[start + 4 : start + 4 + length]))
+            start += 4 + length
+        if start:
+            del buffer[:start]
+        return frames

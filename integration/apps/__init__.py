@@ -1,0 +1,1 @@
+"""Apps that the integration tests' workers run."""
