@@ -172,7 +172,13 @@ class Client:
             wait = seconds_until(eta) if eta is not None else float(countdown or 0)
             if wait > 0:
                 task_headers.eta = datetime.now(UTC) + timedelta(seconds=wait) if eta is None else _aware(eta)
-                target_exchange, target_key = delayed(self._settings.topology.prefix, route, wait)
+                own_exchange = self._settings.exchanges.get(route.exchange)
+                target_exchange, target_key = delayed(
+                    self._settings.topology.prefix,
+                    route,
+                    wait,
+                    exchange_type=None if own_exchange is None else own_exchange.type,
+                )
         lifetime = own.expires if expires is None else expires
         if lifetime is not None:
             left = seconds_until(lifetime)

@@ -29,6 +29,7 @@ class ArgumentValidator:
         self._task = task
         self._function = function
         self._skip = skip
+        self._names: list[str] = []
         self._validate: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -51,7 +52,8 @@ class ArgumentValidator:
             signature = inspect.signature(function)
             hints = typing.get_type_hints(function, include_extras=True)
             parameters = list(signature.parameters.values())[self._skip :]
-            names = {parameter.name for parameter in parameters}
+            self._names = [parameter.name for parameter in parameters]
+            names = set(self._names)
             stand_in.__annotations__ = {name: hint for name, hint in hints.items() if name in names}
             stand_in.__signature__ = signature.replace(  # type: ignore[attr-defined]
                 parameters=[p.replace(annotation=hints.get(p.name, p.empty)) for p in parameters],
@@ -66,7 +68,10 @@ class ArgumentValidator:
     def _explain(self, error: ValidationError) -> str:
         problems = []
         for problem in error.errors(include_url=False, include_context=False):
-            where = ".".join(str(part) for part in problem["loc"])
+            first, *rest = problem["loc"]
+            # A positional argument has a number; people know its name.
+            named = self._names[first] if isinstance(first, int) and first < len(self._names) else first
+            where = ".".join(str(part) for part in (named, *rest))
             got = "" if problem["type"].startswith("missing") else f", got {problem['input']!r:.100}"
             problems.append(f"{where}: {problem['msg']}{got}")
         return f"task {self._task}: " + "; ".join(problems)

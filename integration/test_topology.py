@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from pika.exceptions import UnroutableError
 from amqptasks.broker.admin import declare, queue_counts
 from amqptasks.config.models import BrokerSettings, Settings
 from amqptasks.errors import AccessRefused, BrokerUnreachable, ConfigError, TopologyConflict
+from amqptasks.testing.waiting import wait_until
 from amqptasks.topology import build_topology, delayed
 
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
@@ -67,13 +68,6 @@ def take(channel: BlockingChannel, queue: str, within: float = 5.0) -> tuple[Any
             return method, properties, body
         channel.connection.sleep(0.005)
     raise AssertionError(f"no message in {queue!r} within {within} s")
-
-
-def eventually(condition: Callable[[], bool], what: str, within: float = 5.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {within} s"
-        time.sleep(0.05)
 
 
 def depth(settings: Settings, queue: str) -> int:
@@ -136,7 +130,7 @@ def test_queues_are_counted_and_missing_ones_are_none(vhost, channel):
     settings = declared(vhost.url)
     channel.basic_consume("default.dlq", lambda *_: None)
     send(channel, "amqptasks", "default")
-    eventually(lambda: depth(settings, "default") == 1, "one message is ready")
+    wait_until(lambda: depth(settings, "default") == 1, what="one message is ready")
     assert queue_counts(settings.broker, ["nowhere", "default", "default.dlq"]) == {
         "nowhere": None,
         "default": (1, 0),
@@ -320,7 +314,7 @@ def test_forty_undeliverable_messages_do_not_block_a_level(vhost, channel):
     sent = send_later(channel, To(queue="default"), 0.25)
     take(channel, "default")
     assert time.monotonic() - sent < 1.0
-    eventually(lambda: depth(settings, "amqptasks.unroutable") == 40, "40 messages are parked")
+    wait_until(lambda: depth(settings, "amqptasks.unroutable") == 40, what="40 messages are parked")
 
 
 def test_forty_messages_for_a_full_queue_do_not_block_a_level(vhost, channel):

@@ -37,10 +37,7 @@ def translate(error: object, parameters: pika.ConnectionParameters) -> BrokerErr
     for one in chain:
         if isinstance(one, ssl.SSLError):
             return BrokerUnreachable(f"{node}: TLS failed: {one.reason or one}. Check broker.tls and the port")
-        if (
-            isinstance(one, TimeoutError | pika_errors.AMQPConnectorStackTimeout)
-            or "timeout" in type(one).__name__.lower()
-        ):
+        if isinstance(one, TimeoutError) or "timeout" in type(one).__name__.lower():
             return BrokerUnreachable(f"{node}: no answer in time")
         if isinstance(one, ConnectionRefusedError):
             return BrokerUnreachable(f"{node}: connection refused: is RabbitMQ running there?")

@@ -54,8 +54,11 @@ class _Io:
         self.thread = threading.Thread(target=self._run, name="amqptasks-publisher", daemon=True)
 
     def _run(self) -> None:
-        self.link.open()
-        self.loop.start()
+        try:
+            self.link.open()
+            self.loop.start()
+        finally:
+            self.loop.close()
 
     def put(self, pending: Sequence[Pending]) -> None:
         """From any thread: publish these. One wake-up serves all that come before the loop turns."""

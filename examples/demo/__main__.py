@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from amqptasks import AmqpTasksError
+from amqptasks.testing.rabbitmq import NodeError
 from examples.demo.broker import URL_VARIABLE, Broker, find_broker
 from examples.demo.errors import DemoError, Interrupted
 from examples.demo.letters import DeadLetters
@@ -43,7 +44,7 @@ def main() -> int:
     except Interrupted as signalled:
         console.print(f"Stopped by {signalled}; nothing is left running.")
         return 130
-    except (DemoError, AmqpTasksError) as error:
+    except (DemoError, NodeError, AmqpTasksError) as error:
         console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 1
 

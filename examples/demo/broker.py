@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from amqptasks.testing.rabbitmq import PrivateNode, install_rabbitmq, rabbitmq_installed
-
 from amqptasks.broker.admin import queue_counts
 from amqptasks.config import load_settings
 from amqptasks.errors import BrokerError
+from amqptasks.testing.rabbitmq import PrivateNode, install_rabbitmq, rabbitmq_installed
 from examples.demo.errors import DemoError
 
 __all__ = ["Broker", "find_broker"]
@@ -24,7 +24,7 @@ URL_VARIABLE = "AMQPTASKS_DEMO_BROKER_URL"
 MANAGEMENT_VARIABLE = "AMQPTASKS_DEMO_MANAGEMENT_URL"
 _IMAGE = "rabbitmq:4-management"
 _CONTAINER_SECONDS = 60
-_DOCKER_TIMEOUT = 5
+_DOCKER_SECONDS = 5.0
 
 Say = Callable[[str], None]
 
@@ -82,7 +82,23 @@ def find_broker(environment: Mapping[str, str], say: Say) -> Iterator[Broker]:
         install_rabbitmq()
     say("Starting a private RabbitMQ node on free ports")
     with PrivateNode() as node:
-        yield Broker("private node", node.url, node.management_url, own=True)
+        try:
+            yield Broker("private node", node.url, node.management_url, own=True)
+        finally:
+            # Its data is thrown away with it, so it need not be written down first: that takes six seconds.
+            node.kill()
+            _wait_closed(node.port)
+
+
+def _wait_closed(port: int) -> None:
+    # The name server epmd refuses to end while it knows of a node; it forgets one whose sockets are closed.
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                break
+        time.sleep(0.02)
+    time.sleep(0.2)
 
 
 def _credentials(url: str) -> tuple[str, str]:
@@ -100,8 +116,11 @@ def _management_beside(url: str) -> str | None:
     return urlunsplit(("http", f"{login}@{host}:15672" if login else f"{host}:15672", "", "", ""))
 
 
-def _docker(*arguments: str, timeout: float = _DOCKER_TIMEOUT) -> str:
-    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+def _docker(*arguments: str, timeout: float = _DOCKER_SECONDS) -> str:
+    try:
+        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"docker {arguments[0]} does not answer within {timeout:.0f} s") from None
     if done.returncode != 0:
         raise DemoError(f"docker {arguments[0]}: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -112,15 +131,18 @@ def _docker_answers() -> bool:
         return False
     try:
         _docker("info", "--format", "{{.ServerVersion}}")
-    except (DemoError, subprocess.TimeoutExpired):
+    except DemoError:
         return False
     return True
 
 
 @contextmanager
 def _container(image: str) -> Iterator[Broker]:
-    # The image is pulled first: that may take its time, the rest may not.
-    _docker("pull", "--quiet", image, timeout=600)
+    try:
+        _docker("image", "inspect", image)
+    except DemoError:
+        # By itself, as this may take its time and the rest may not.
+        _docker("pull", "--quiet", image, timeout=600)
     # Ports on the loopback interface only.
     published = ("--publish", "127.0.0.1::5672", "--publish", "127.0.0.1::15672")
     name = _docker("run", "--detach", "--rm", *published, image, timeout=60)

@@ -71,39 +71,40 @@ def show(report: Report, console: Console, *, kept: bool) -> None:
     """Print the tables. `kept`: the broker will still be there to be looked at."""
     console.print()
     console.print(_ran_table(report.ran))
+    console.print()
     console.print(_letters_table(report.letters))
+    console.print()
     _show_headers(report.letters, console)
     _show_where(report.broker, console, kept)
     _show_log(report, console)
     _show_checks(report.checks, console)
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 1, 0, 0)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _ran_table(runs: list[Ran]) -> Table:
-    table = _table("What ran where")
-    for name in ("queue", "task", "executors (pid × runs)"):
-        table.add_column(name, overflow="fold")
-    for name in ("ok", "retried", "dead", "busy"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("What ran where", "queue", "task", "ok", "retried", "dead", "busy", "pid × runs")
+    for column in table.columns[2:6]:
+        column.justify = "right"
     for ran in runs:
-        processes = ", ".join(f"{pid} × {count}" for pid, count in sorted(ran.by_process.items()))
+        processes = " ".join(f"{pid}×{count}" for pid, count in sorted(ran.by_process.items()))
         numbers = [str(number or "") for number in (ran.succeeded, ran.retried, ran.failed)]
-        table.add_row(ran.queue, ran.task, processes or "-", *numbers, f"{ran.busy:.2f} s")
+        table.add_row(ran.queue, ran.task, *numbers, f"{ran.busy:.1f} s", processes)
     return table
 
 
 def _letters_table(letters: list[DeadLetter]) -> Table:
-    table = _table("Dead letters: nothing that failed has disappeared")
-    for name in ("queue", "task", "x-task-exception", "x-task-reason"):
-        table.add_column(name, overflow="fold")
-    for name in ("x-task-attempts", "messages"):
-        table.add_column(name, justify="right")
-    groups = Counter((one.queue, one.task, one.exception, one.reason, str(one.attempts)) for one in letters)
+    table = _table("Dead letters", "#", "queue", "task", "exception", "reason, attempts")
+    table.columns[0].justify = "right"
+    groups = Counter((one.queue, one.task, one.exception, f"{one.reason}, {one.attempts}") for one in letters)
     for group, count in sorted(groups.items()):
-        table.add_row(*group, str(count))
+        table.add_row(str(count), *group)
     return table
 
 
@@ -122,11 +123,13 @@ def _show_headers(letters: list[DeadLetter], console: Console) -> None:
 
 def _show_where(broker: Broker, console: Console, kept: bool) -> None:
     page = broker.queue_page("email.dlq")
-    if page is not None:
-        console.print(f"[bold]Management UI[/]  {page}  ({broker.login})", soft_wrap=True, highlight=False)
-        if not kept:
-            console.print("The demo takes its queues away now; [bold]--keep[/] leaves them to look at.")
-        console.print()
+    if page is None:
+        return
+    console.print(f"[bold]Management UI[/]  {page}  ({broker.login})", soft_wrap=True, highlight=False)
+    if not kept:
+        what = "The node ends now" if broker.own else "The demo takes its queues away now"
+        console.print(f"  {what}; scripts/demo [bold]--keep[/] leaves it all there to look at.", highlight=False)
+    console.print()
 
 
 def _show_log(report: Report, console: Console) -> None:
@@ -146,8 +149,8 @@ def _show_log(report: Report, console: Console) -> None:
 def _show_checks(checks: list[Check], console: Console) -> None:
     wrong = [check for check in checks if not check.ok]
     if not wrong:
-        names = ", ".join(check.name for check in checks)
-        console.print(f"[green]✓ All {len(checks)} numbers agree with what was sent[/]: {names}.", highlight=False)
+        text = f"✓ All {len(checks)} checks agree: what was sent is what is there."
+        console.print(f"[green]{text}[/]", highlight=False)
     for check in wrong:
         expected, actual = _difference(check)
         console.print(f"[red]✗ {check.name}[/]: expected {escape(expected)}, got {escape(actual)}", highlight=False)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ __all__ = ["Ran", "Worker", "read_log", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 QUEUES = ("high_priority", "email", "media")
-ARGUMENTS = ("-A", "examples.shop:app", "--config", "examples/amqptasks.yaml", "worker", "-Q", ",".join(QUEUES))
+CONFIG = ROOT / "examples" / "amqptasks.yaml"
+ARGUMENTS = ("-A", "examples.shop:app", "--config", str(CONFIG.relative_to(ROOT)), "worker", "-Q", ",".join(QUEUES))
 # The worker's own grace period is 30 s.
 _STOP_SECONDS = 40
 
@@ -97,7 +97,7 @@ class Ran:
     retried: int = 0
     failed: int = 0
     busy: float = 0.0
-    by_process: Counter[int] = field(default_factory=Counter)
+    by_process: dict[int, int] = field(default_factory=dict)
 
     @property
     def runs(self) -> int:
@@ -126,6 +126,7 @@ def summary(records: Iterable[Mapping[str, Any]]) -> list[Ran]:
         ran = found.setdefault(key, Ran(*key))
         setattr(ran, outcome, getattr(ran, outcome) + 1)
         ran.busy += float(record.get("runtime") or 0.0)
-        if isinstance(record.get("pid"), int):
-            ran.by_process[record["pid"]] += 1
+        process = record.get("pid")
+        if isinstance(process, int):
+            ran.by_process[process] = ran.by_process.get(process, 0) + 1
     return [found[key] for key in sorted(found, key=lambda key: (QUEUES.index(key[0]) if key[0] in QUEUES else 9, key))]

@@ -87,7 +87,7 @@ class Point:
     "value",
     [
         datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-        datetime(2026, 1, 2, 3, 4, 5),  # noqa: DTZ001
+        datetime(2026, 1, 2, 3, 4, 5),
         date(2026, 1, 2),
         time(3, 4, 5),
         Decimal("9.990"),
@@ -157,7 +157,7 @@ def test_a_body_is_decoded() -> None:
         b'[[{"__type__":"spaceship","__value__":2}],{},{}]',
         b'[[{"__type__":"datetime","__value__":"never"}],{},{}]',
         b"[" * 100_000,
-        b'[[' + b'{"__type__":' * 3000 + b"1" + b"}" * 3000 + b"],{},{}]",
+        b"[[" + b'{"__type__":' * 3000 + b"1" + b"}" * 3000 + b"],{},{}]",
         b"NaN",
     ],
 )
@@ -195,7 +195,7 @@ def test_yaml_constructs_nothing() -> None:
 @pytest.mark.parametrize("name", ["gzip", "bzip2", "lzma"])
 def test_compressed_bodies_are_read_back(name: str) -> None:
     mime = mime_type(name)
-    body = b'[[1],{},{}]'
+    body = b"[[1],{},{}]"
     assert decompress(compress(body, mime), mime, LIMIT) == body
     assert decoded(compress(body, mime), compression=mime).args == [1]
 

@@ -1,0 +1,251 @@
+"""A private RabbitMQ node of the installed distribution: any user, free ports, its own folder, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+__all__ = ["NodeError", "PrivateNode", "free_port", "install_rabbitmq", "rabbitmq_installed"]
+
+_HOMES = ("/usr/lib/rabbitmq/bin", "/usr/lib/rabbitmq/sbin", "/opt/rabbitmq/sbin", "/usr/local/sbin")
+_START_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+_TICK = 500  # ms
+
+
+class NodeError(RuntimeError):
+    """The node cannot be had or does not start. The message has the end of its log."""
+
+
+def _scripts() -> Path | None:
+    for home in _HOMES:
+        # Not the wrapper in /usr/sbin: that one insists on root or the user rabbitmq.
+        if (Path(home) / "rabbitmq-server").exists() and (Path(home) / "rabbitmqctl").exists():
+            return Path(home)
+    return None
+
+
+def rabbitmq_installed() -> bool:
+    """Whether this machine has RabbitMQ's scripts."""
+    return _scripts() is not None
+
+
+def install_rabbitmq() -> None:
+    """Install the distribution's package, as root on Debian and Ubuntu. Raises `NodeError` where that cannot be."""
+    if rabbitmq_installed():
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise NodeError(
+            "RabbitMQ is not installed. Install it (Debian: apt-get install rabbitmq-server), start Docker, "
+            "or name a broker that runs"
+        )
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", "rabbitmq-server"]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise NodeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    if not rabbitmq_installed():
+        raise NodeError("the package rabbitmq-server was installed, but its scripts were not found")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class PrivateNode:
+    """One node with the management plugin. Use it as a context manager, or `start` and `stop` it.
+
+    Attributes:
+        url: AMQP URL of the default virtual host.
+        management_url: URL of the management API and UI, with user and password.
+    """
+
+    def __init__(
+        self,
+        name: str = "private",
+        *,
+        plugins: Sequence[str] = ("rabbitmq_management",),
+        config: Mapping[str, str] | None = None,
+        tune: bool = True,
+    ) -> None:
+        scripts = _scripts()
+        if scripts is None:
+            raise NodeError("RabbitMQ is not installed (Debian: apt-get install rabbitmq-server)")
+        self._scripts = scripts
+        self.folder = Path(tempfile.mkdtemp(prefix="amqptasks-rabbitmq-"))
+        self.port, self.management_port = free_port(), free_port()
+        self.name = f"{name}-{secrets.token_hex(3)}@localhost"
+        self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        self.management_url = f"http://guest:guest@127.0.0.1:{self.management_port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._write_files(plugins, config or {}, tune=tune)
+
+    def _write_files(self, plugins: Sequence[str], config: Mapping[str, str], *, tune: bool) -> None:
+        home = self.folder / "home"
+        home.mkdir()
+        cookie = home / ".erlang.cookie"
+        cookie.write_text(secrets.token_hex(16))
+        cookie.chmod(0o400)
+        settings = {
+            "listeners.tcp.1": f"127.0.0.1:{self.port}",
+            "management.tcp.ip": "127.0.0.1",
+            "management.tcp.port": str(self.management_port),
+            # Management figures are five seconds old and more by default; tests look more often.
+            "collect_statistics_interval": str(_TICK if tune else 5000),
+            **config,
+        }
+        (self.folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
+        (self.folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
+        self._environment = {
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "LANG": "C.UTF-8",
+            "HOME": str(home),
+            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_MNESIA_BASE": str(self.folder / "data"),
+            "RABBITMQ_LOG_BASE": str(self.folder / "log"),
+            "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(self.folder / "no-conf.d"),
+            "RABBITMQ_CONF_ENV_FILE": str(self.folder / "no-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(self.folder / "generated"),
+            "RABBITMQ_PID_FILE": str(self.folder / "pid"),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}"
+            + (f" -rabbit quorum_tick_interval {_TICK}" if tune else ""),
+        }
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the node and wait until it takes connections. Raises `NodeError` with the end of its log."""
+        output = (self.folder / "output").open("ab")
+        with output:
+            self._process = subprocess.Popen(
+                [str(self._scripts / "rabbitmq-server")],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=self.folder,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while not (self._listens(self.port) and self._listens(self.management_port)):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                tail = (self.folder / "output").read_text(errors="replace")[-2000:]
+                raise NodeError(f"RabbitMQ did not start:\n{tail}")
+            time.sleep(0.05)
+
+    @staticmethod
+    def _listens(port: int) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(0.2)
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def stop(self) -> None:
+        """Stop the node in good order. Its data stays for the next `start`."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, as a power failure would."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        """Stop and start."""
+        self.stop()
+        self.start()
+
+    def _end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        beam = self._beam(process.pid)
+        for pid in (beam, process.pid) if number is signal.SIGTERM else (beam,):
+            if pid is not None:
+                _signal(pid, number)
+                break
+        if number is signal.SIGKILL:
+            _signal_group(process.pid, number)
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait(5)
+
+    @staticmethod
+    def _beam(session: int) -> int | None:
+        """The Erlang machine among the processes of the node's session."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if os.getsid(int(entry.name)) == session and "beam" in (entry / "comm").read_text():
+                        return int(entry.name)
+                except (OSError, ProcessLookupError):
+                    continue
+        return None
+
+    def remove(self) -> None:
+        """Stop the node, end its epmd and delete its folder."""
+        self.stop()
+        epmd = shutil.which("epmd") or next(
+            (str(path) for path in Path("/usr/lib/erlang").glob("erts-*/bin/epmd")), None
+        )
+        if epmd is not None:
+            subprocess.run([epmd, "-kill"], env=self._environment, capture_output=True, check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def rabbitmqctl(self, *arguments: str) -> str:
+        """Run rabbitmqctl on this node. Raises `NodeError` with what it printed."""
+        done = subprocess.run(
+            [str(self._scripts / "rabbitmqctl"), "-n", self.name, "-q", *arguments],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise NodeError(f"rabbitmqctl {' '.join(arguments)} failed: {done.stderr or done.stdout}")
+        return done.stdout
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _signal_group(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return

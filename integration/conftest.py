@@ -1,0 +1,246 @@
+"""One broker for the run, a virtual host for each test.
+
+The broker is ``AMQPTASKS_TEST_BROKER_URL`` (with ``AMQPTASKS_TEST_MANAGEMENT_URL``), else a container when a Docker
+engine answers and has the image, else a private node of the installed RabbitMQ. A run that gets none fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import yaml
+
+from amqptasks import AmqpTasks
+from amqptasks.config import mask_url
+from amqptasks.testing.management import Management
+from amqptasks.testing.proxy import TcpProxy
+from amqptasks.testing.rabbitmq import PrivateNode
+from amqptasks.testing.waiting import wait_until
+from amqptasks.testing.workers import WorkerProcess
+from integration.apps.ledger import PATH_VARIABLE, Ledger
+
+ROOT = Path(__file__).resolve().parents[1]
+_IMAGE = os.environ.get("AMQPTASKS_TEST_IMAGE", "rabbitmq:3.13-management")
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker for the run."""
+
+    origin: str
+    url: str
+    management_url: str
+
+
+def _container(stack: contextlib.ExitStack) -> Broker | None:
+    """A container, when a Docker engine answers and can run the image; None otherwise, within a second or so."""
+    if not os.environ.get("DOCKER_HOST") and not Path("/var/run/docker.sock").exists():
+        return None
+    from docker import DockerClient
+    from docker.errors import DockerException
+
+    try:
+        with contextlib.closing(DockerClient.from_env(timeout=1)) as client:
+            client.ping()
+            client.images.get(_IMAGE)
+    except DockerException:
+        return None
+    from testcontainers.community.rabbitmq import RabbitMqContainer
+
+    container = stack.enter_context(RabbitMqContainer(_IMAGE).with_exposed_ports(5672, 15672))
+    host = container.get_container_host_ip()
+    return Broker(
+        f"container of {_IMAGE}",
+        f"amqp://guest:guest@{host}:{container.get_exposed_port(5672)}/",
+        f"http://guest:guest@{host}:{container.get_exposed_port(15672)}",
+    )
+
+
+@pytest.fixture(scope="session")
+def broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
+    """The broker of this run."""
+    with contextlib.ExitStack() as stack:
+        url = os.environ.get("AMQPTASKS_TEST_BROKER_URL")
+        if url:
+            host = urlsplit(url).hostname
+            default = f"http://guest:guest@{host}:15672"
+            found = Broker("AMQPTASKS_TEST_BROKER_URL", url, os.environ.get("AMQPTASKS_TEST_MANAGEMENT_URL", default))
+        else:
+            container = _container(stack)
+            if container is None:
+                node = stack.enter_context(PrivateNode("tests"))
+                container = Broker("private node", node.url, node.management_url)
+            found = container
+        version = Management(found.management_url).request("GET", "overview")["rabbitmq_version"]
+        reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"broker: RabbitMQ {version}, {found.origin}, {mask_url(found.url)}")
+        yield found
+
+
+@dataclass(frozen=True)
+class VirtualHost:
+    """A virtual host of its own."""
+
+    name: str
+    url: str
+    management: Management
+    broker: Broker
+
+    def ready(self, queue: str) -> int:
+        """Messages that wait, by the management API; -1 while it does not know."""
+        return int(self.management.queue(queue).get("messages_ready", -1))
+
+    def unacked(self, queue: str) -> int:
+        """Messages that are out, by the management API; -1 while it does not know."""
+        return int(self.management.queue(queue).get("messages_unacknowledged", -1))
+
+    def wait_settled(self, queue: str, timeout: float = 20.0) -> None:
+        """Wait until nothing waits and nothing is unacknowledged."""
+        wait_until(
+            lambda: self.ready(queue) == 0 and self.unacked(queue) == 0,
+            timeout,
+            lambda: f"{queue} is empty: ready {self.ready(queue)}, unacked {self.unacked(queue)}",
+            pause=0.1,
+        )
+
+    def dead_letters(self, queue: str, count: int, timeout: float = 20.0) -> list[dict[str, Any]]:
+        """Wait for so many dead letters of a queue; they stay where they are."""
+
+        def look() -> list[dict[str, Any]]:
+            found = self.management.messages(f"{queue}.dlq")
+            return found if len(found) >= count else []
+
+        found = wait_until(look, timeout, f"{count} dead letters in {queue}.dlq", pause=0.1)
+        assert len(found) == count, [letter["properties"]["headers"].get("x-task-reason") for letter in found]
+        return found
+
+
+@pytest.fixture
+def vhost(broker: Broker) -> Iterator[VirtualHost]:
+    """A new virtual host, deleted afterwards."""
+    name = f"test-{secrets.token_hex(4)}"
+    management = Management(broker.management_url, name)
+    management.create_vhost(name)
+    base = broker.url.rstrip("/") if urlsplit(broker.url).path in ("", "/") else broker.url.rpartition("/")[0]
+    yield VirtualHost(name, f"{base}/{quote(name, safe='')}", management, broker)
+    management.delete_vhost(name)
+
+
+@pytest.fixture
+def restricted_user(vhost: VirtualHost) -> Iterator[Callable[[str, str, str], str]]:
+    """Makes a user with these permissions (configure, write, read) and gives its URL."""
+    made = []
+
+    def make(configure: str, write: str, read: str) -> str:
+        name = f"user-{secrets.token_hex(3)}"
+        vhost.management.create_user(name, "secret-word")
+        vhost.management.permit(name, configure, write, read)
+        made.append(name)
+        parts = urlsplit(vhost.url)
+        return f"amqp://{name}:secret-word@{parts.hostname}:{parts.port}{parts.path}"
+
+    yield make
+    for name in made:
+        vhost.management.delete_user(name)
+
+
+@pytest.fixture
+def proxy(broker: Broker) -> Iterator[TcpProxy]:
+    """A proxy in front of the broker."""
+    parts = urlsplit(broker.url)
+    with TcpProxy(parts.hostname or "127.0.0.1", parts.port or 5672) as running:
+        yield running
+
+
+@pytest.fixture
+def through_proxy(vhost: VirtualHost, proxy: TcpProxy) -> str:
+    """The virtual host's URL through the proxy."""
+    parts = urlsplit(vhost.url)
+    return f"amqp://{parts.username}:{parts.password}@127.0.0.1:{proxy.port}{parts.path}"
+
+
+@pytest.fixture
+def node() -> Iterator[PrivateNode]:
+    """A node for one test alone, to stop, kill and alarm."""
+    with PrivateNode("own") as running:
+        yield running
+
+
+class Bench:
+    """An app, its configuration file, its workers and its ledger, on one virtual host."""
+
+    APP = "integration.apps.jobs:app"
+
+    def __init__(self, vhost: VirtualHost, folder: Path) -> None:
+        self.vhost = vhost
+        self.folder = folder
+        self.ledger = Ledger(folder / "ledger")
+        self._apps: list[AmqpTasks] = []
+        self._workers: list[WorkerProcess] = []
+        self.settings: dict[str, Any] = {"broker": {"url": vhost.url}, "queues": {"default": {}}}
+
+    @property
+    def config(self) -> Path:
+        """The configuration file, as `settings` are now."""
+        file = self.folder / "amqptasks.yaml"
+        file.write_text(yaml.safe_dump(self.settings))
+        return file
+
+    def client(self) -> AmqpTasks:
+        """An app that publishes by name with these settings."""
+        app = AmqpTasks("client", config=self.config)
+        self._apps.append(app)
+        return app
+
+    def send(self, app: AmqpTasks, task: str, *args: Any, **options: Any) -> str:
+        """Publish a call of a task of `integration.apps.jobs`; its id."""
+        return app.send_task(f"integration.apps.jobs.{task}", args, **options).id
+
+    def worker(
+        self, queues: str = "default", *options: str, url: str | None = None, ready: bool = True
+    ) -> WorkerProcess:
+        """Start a worker, and wait until it is ready."""
+        worker = WorkerProcess(
+            self.APP,
+            queues,
+            *options,
+            config=self.config,
+            log=self.folder / f"worker-{len(self._workers)}.log",
+            environment={PATH_VARIABLE: str(self.ledger.path), "PYTHONPATH": str(ROOT)},
+            global_options=["-b", url] if url is not None else [],
+        )
+        self._workers.append(worker)
+        return worker.wait_ready() if ready else worker
+
+    def wait_done(self, ids: set[str], timeout: float = 30.0, event: str = "done") -> None:
+        """Wait until all these ids stand in the ledger."""
+        wait_until(lambda: ids <= self.ledger.ids(event), timeout, lambda: self._missing(ids, event), pause=0.05)
+
+    def _missing(self, ids: set[str], event: str) -> str:
+        missing = ids - self.ledger.ids(event)
+        logs = "\n".join(worker.log[-3000:] for worker in self._workers)
+        return f"{len(missing)} of {len(ids)} are not {event}: {sorted(missing)[:5]}\n{logs}"
+
+    def close(self) -> None:
+        """End everything."""
+        for worker in self._workers:
+            worker.kill()
+        for app in self._apps:
+            app.close()
+
+
+@pytest.fixture
+def bench(vhost: VirtualHost, tmp_path: Path) -> Iterator[Bench]:
+    """App, configuration, workers and ledger."""
+    made = Bench(vhost, tmp_path)
+    yield made
+    made.close()
