@@ -96,19 +96,19 @@ class VirtualHost:
     broker: Broker
 
     def ready(self, queue: str) -> int:
-        """Messages that wait, by the management API; -1 while it does not know."""
-        return int(self.management.queue(queue).get("messages_ready", -1))
+        """Messages that wait."""
+        return self.management.counts(queue)[0]
 
     def unacked(self, queue: str) -> int:
-        """Messages that are out, by the management API; -1 while it does not know."""
-        return int(self.management.queue(queue).get("messages_unacknowledged", -1))
+        """Messages that a consumer holds."""
+        return self.management.counts(queue)[1]
 
     def wait_settled(self, queue: str, timeout: float = 20.0) -> None:
         """Wait until nothing waits and nothing is unacknowledged."""
         wait_until(
-            lambda: self.ready(queue) == 0 and self.unacked(queue) == 0,
+            lambda: self.management.counts(queue) == (0, 0),
             timeout,
-            lambda: f"{queue} is empty: ready {self.ready(queue)}, unacked {self.unacked(queue)}",
+            lambda: f"{queue} is empty: (ready, unacknowledged) {self.management.counts(queue)}",
             pause=0.1,
         )
 

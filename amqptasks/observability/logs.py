@@ -128,7 +128,7 @@ def _json() -> Callable[[Any, str, EventDict], str]:
     clock = _Clock()
 
     def render(_logger: Any, method: str, event: EventDict) -> str:
-        record = {"timestamp": clock(), "level": event.pop("level", method), **event}
+        record = {"timestamp": clock(), "level": event.pop("level", method), "pid": os.getpid(), **event}
         return orjson.dumps(record, default=safe_repr).decode() + "\n"
 
     return render

@@ -88,6 +88,13 @@ class Management:
         """Every queue by name."""
         return {queue["name"]: queue for queue in self.request("GET", self._path("queues"))}
 
+    def counts(self, name: str) -> tuple[int, int]:
+        """(ready, unacknowledged) of a queue as they are now, not as the last statistics had them."""
+        for queue in self.request("GET", f"{self._path('queues')}?disable_stats=true&enable_queue_totals=true"):
+            if queue["name"] == name:
+                return int(queue.get("messages_ready", 0)), int(queue.get("messages_unacknowledged", 0))
+        raise ManagementError(f"there is no queue {name!r}", 404)
+
     def queue(self, name: str) -> dict[str, Any]:
         """One queue: its type, arguments, and counts as old as the statistics interval."""
         found: dict[str, Any] = self.request("GET", self._path("queues", name))

@@ -214,13 +214,17 @@ class PrivateNode:
         return None
 
     def remove(self) -> None:
-        """Stop the node, end its epmd and delete its folder."""
-        self.stop()
+        """End the node and its epmd, and delete its folder: at once, since nobody wants the data."""
+        self.kill()
         epmd = shutil.which("epmd") or next(
             (str(path) for path in Path("/usr/lib/erlang").glob("erts-*/bin/epmd")), None
         )
         if epmd is not None:
-            subprocess.run([epmd, "-kill"], env=self._environment, capture_output=True, check=False)
+            deadline = time.monotonic() + 5
+            # It refuses while it believes that the node lives.
+            while self._listens(int(self._environment["ERL_EPMD_PORT"])) and time.monotonic() < deadline:
+                subprocess.run([epmd, "-kill"], env=self._environment, capture_output=True, check=False)
+                time.sleep(0.05)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def rabbitmqctl(self, *arguments: str) -> str:

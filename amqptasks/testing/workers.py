@@ -85,7 +85,7 @@ class WorkerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
-        psutil.wait_procs(family, timeout=5)
+        wait_until(lambda: not any(_alive(one) for one in family), 5, "its processes end with it")
 
     def leaders(self) -> list[psutil.Process]:
         """The leader processes."""
@@ -103,3 +103,11 @@ class WorkerProcess:
             except psutil.NoSuchProcess:
                 continue
         return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        # An orphan that nobody has reaped yet runs nothing any more.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
