@@ -41,7 +41,7 @@ class AioPublisher:
         settings: BrokerSettings,
         *,
         declare: Callable[[], None] | None = None,
-        knows_route: Callable[[str, str], bool] | None = None,
+        knows_route: Callable[[str, str | None], bool] | None = None,
         name: str = "amqptasks",
     ) -> None:
         self._settings = settings
@@ -79,7 +79,8 @@ class AioPublisher:
             try:
                 await self._once(envelope, state)
             except Unroutable as error:
-                if state.declared or not self._may_declare(envelope):
+                key = None if isinstance(error.__cause__, MissingExchange) else envelope.routing_key
+                if state.declared or not self._may_declare(envelope.exchange, key):
                     raise
                 state.declared = True
                 await self._declare_in_thread(error)
@@ -101,12 +102,8 @@ class AioPublisher:
             holder = self._channels[loop] = _LoopChannel(self._settings, self._name)
         await holder.publish(envelope, state)
 
-    def _may_declare(self, envelope: Envelope) -> bool:
-        return (
-            self._declare is not None
-            and self._knows_route is not None
-            and self._knows_route(envelope.exchange, envelope.routing_key)
-        )
+    def _may_declare(self, exchange: str, key: str | None) -> bool:
+        return self._declare is not None and self._knows_route is not None and self._knows_route(exchange, key)
 
     async def _declare_in_thread(self, error: Unroutable) -> None:
         assert self._declare is not None
@@ -120,6 +117,10 @@ class AioPublisher:
         holder = self._channels.pop(asyncio.get_running_loop(), None)
         if holder is not None:
             await holder.close()
+
+
+class MissingExchange(Exception):
+    """The exchange is not there: any key would fail."""
 
 
 class _Attempt:
@@ -166,7 +167,7 @@ class _LoopChannel:
             ) from None
         except errors.ChannelNotFoundEntity as error:
             self._forget_channel()
-            raise Unroutable(f"the exchange {envelope.exchange!r} does not exist ({error})") from None
+            raise Unroutable(f"the exchange {envelope.exchange!r} does not exist ({error})") from MissingExchange()
         except errors.ChannelAccessRefused as error:
             self._forget_channel()
             raise PublishError(f"the broker refused to publish to {envelope.exchange!r}") from AccessRefused(str(error))

@@ -22,6 +22,7 @@ from amqptasks.broker.pending import Declarer, Pending
 from amqptasks.broker.wire import EncodedProperties
 from amqptasks.errors import (
     AccessRefused,
+    AmqpTasksError,
     BrokerBlocked,
     BrokerError,
     BrokerUnreachable,
@@ -73,6 +74,7 @@ class ConfirmChannel:
         self._leaving: list[_Flight] = []
         self._connection: Any = None
         self._sweeping = False
+        self._last_error: BrokerError | None = None
         link.watch(self._up, self._down)
         link.on_unblocked = self._pump
 
@@ -135,6 +137,7 @@ class ConfirmChannel:
 
     def _down(self, error: BrokerError | None) -> None:
         self._connection = None
+        self._last_error = error
         for flight in self._flights():
             self._send_again(flight)
         self._leaving.clear()
@@ -173,9 +176,10 @@ class ConfirmChannel:
         envelope, text = pending.envelope, str(reason.reply_text)
         found, sizes = _EXCHANGE.search(text), _SIZES.search(text)
         if reason.reply_code == 404 and found is not None and found[1] == envelope.exchange:
-            if self._may_declare(pending):
+            if self._may_declare(pending, None):
                 return False
-            self._fail(pending, Unroutable(f"the exchange {envelope.exchange!r} does not exist ({text})"))
+            missing = Unroutable(f"the exchange {envelope.exchange!r} does not exist ({text})")
+            self._fail(pending, missing, pending.problem)
             return True
         if reason.reply_code == 403 and (found is None or found[1] == envelope.exchange):
             cause = AccessRefused(text)
@@ -249,7 +253,7 @@ class ConfirmChannel:
 
     def _unroutable(self, pending: Pending) -> None:
         envelope = pending.envelope
-        if self._may_declare(pending):
+        if self._may_declare(pending, envelope.routing_key):
             self._queue.append(pending)
             return
         self._fail(
@@ -258,14 +262,20 @@ class ConfirmChannel:
                 f"no queue takes exchange {envelope.exchange!r} with routing key {envelope.routing_key!r} "
                 f"({pending.returned}). Is the queue declared? `amqptasks routes test <task>` shows the route"
             ),
+            pending.problem,
         )
 
-    def _may_declare(self, pending: Pending) -> bool:
-        """Declare what is missing and belongs to the topology, once per message."""
-        if self._declarer is None or pending.declared:
+    def _may_declare(self, pending: Pending, routing_key: str | None) -> bool:
+        """Declare what is missing and belongs to the topology, once per message and cause."""
+        cause = (pending.envelope.exchange, routing_key)
+        if self._declarer is None or pending.declared == cause:
             return False
-        pending.declared = True
-        return self._declarer(pending.envelope) is None
+        pending.declared = cause
+        try:
+            return self._declarer(*cause)
+        except AmqpTasksError as error:
+            pending.problem = error
+            return False
 
     def _nacked(self, flight: _Flight, nacked: list[Pending]) -> None:
         if flight is self._flight and flight.confirmed == 0 and nacked:
@@ -339,6 +349,7 @@ class ConfirmChannel:
             return PublishTimeout(
                 "the broker did not confirm the message in time; it may or may not have been taken", sent=True
             )
-        error = PublishTimeout("no connection to the broker in time; the message was not sent")
-        error.__cause__ = BrokerUnreachable("no connection in time")
+        cause = self._last_error or BrokerUnreachable("no node of the broker answered in time")
+        error = PublishTimeout(f"the message was not published in time: {cause}")
+        error.__cause__ = cause
         return error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pika
 from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowAborted
 
 from amqptasks.broker.failures import translate
 from amqptasks.errors import BrokerError, BrokerUnreachable
@@ -22,6 +23,21 @@ _STABLE_SECONDS = 60.0
 def new_loop() -> IOLoop:
     """An I/O loop for links."""
     return IOLoop()
+
+
+class _Connection(pika.SelectConnection):
+    """pika's connection; it can also be closed while it connects.
+
+    pika 1.4.4 reports that as an abort, takes the abort for a success (it is no `Exception`), and ends the loop with an
+    AssertionError.
+    """
+
+    def _on_connection_workflow_done(self, conn_or_exc: Any) -> None:
+        if isinstance(conn_or_exc, AMQPConnectionWorkflowAborted):
+            self._transport = None
+            self._handle_connection_workflow_failure(None)
+        else:
+            super()._on_connection_workflow_done(conn_or_exc)
 
 
 class Link:
@@ -84,7 +100,7 @@ class Link:
         self._timer = None
         parameters = self._nodes[self._node]
         try:
-            self._connection = pika.SelectConnection(
+            self._connection = _Connection(
                 parameters,
                 on_open_callback=self._opened,
                 on_open_error_callback=lambda connection, error: self._lost(connection, error, parameters),

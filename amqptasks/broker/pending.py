@@ -9,13 +9,14 @@ from typing import Any
 
 from amqptasks.broker.wire import EncodedProperties
 from amqptasks.config.models import PublishRetrySettings
-from amqptasks.errors import BrokerError, ConfigError, PublishError
+from amqptasks.errors import AmqpTasksError, ConfigError, PublishError
 from amqptasks.message import Envelope
 
 __all__ = ["Declarer", "Pending", "RetryPolicy", "retry_policy"]
 
-#: Declares what an envelope's route needs; returns None when it did, or why not.
-Declarer = Callable[[Envelope], BrokerError | ConfigError | None]
+#: Declares the topology when exchange and routing key (None for any) belong to it. Returns whether they do; raises
+#: `AmqpTasksError` when it cannot declare.
+Declarer = Callable[[str, str | None], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Pending:
         "done",
         "envelope",
         "policy",
+        "problem",
         "properties",
         "retries",
         "returned",
@@ -81,7 +83,10 @@ class Pending:
         self.retries = 0
         self.returned: str | None = None
         self.sent = False
-        self.declared = False
+        #: For which (exchange, routing key) the topology was declared already.
+        self.declared: tuple[str, str | None] | None = None
+        #: Why the topology could not be declared for it.
+        self.problem: AmqpTasksError | None = None
         self.since = time.monotonic()
 
     def try_again(self) -> bool:

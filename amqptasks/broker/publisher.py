@@ -23,7 +23,7 @@ from amqptasks.broker.pending import Pending
 from amqptasks.broker.pending import retry_policy as policy_of
 from amqptasks.broker.wire import encode_properties
 from amqptasks.config import BrokerSettings
-from amqptasks.errors import AmqpTasksError, BrokerError, ConfigError, PublishError, PublishTimeout
+from amqptasks.errors import PublishError, PublishTimeout
 from amqptasks.message import Envelope
 
 __all__ = ["Publisher"]
@@ -99,7 +99,7 @@ class Publisher:
     Args:
         settings: the broker section.
         declare: declares the topology; called when something of it turns out to be missing.
-        knows_route: whether exchange and routing key belong to that topology.
+        knows_route: whether exchange and routing key (None for any) belong to that topology.
         name: the connection's name in the management UI.
     """
 
@@ -108,7 +108,7 @@ class Publisher:
         settings: BrokerSettings,
         *,
         declare: Callable[[], None] | None = None,
-        knows_route: Callable[[str, str], bool] | None = None,
+        knows_route: Callable[[str, str | None], bool] | None = None,
         name: str = "amqptasks",
     ) -> None:
         self.settings = settings
@@ -204,23 +204,15 @@ class Publisher:
                 self._io.thread.start()
             return self._io
 
-    def declare_for(self, envelope: Envelope) -> BrokerError | ConfigError | None:
-        """On the I/O thread: declare the topology when the envelope's route belongs to it, at most every 5 s."""
-        if self._declare is None or self._knows_route is None:
-            return ConfigError("nothing to declare")
-        if not self._knows_route(envelope.exchange, envelope.routing_key):
-            return ConfigError("not of this topology")
+    def declare_for(self, exchange: str, routing_key: str | None) -> bool:
+        """On the I/O thread: declare the topology when the route belongs to it, at most every 5 s."""
+        if self._declare is None or self._knows_route is None or not self._knows_route(exchange, routing_key):
+            return False
         now = time.monotonic()
-        if self._declared_at is not None and now - self._declared_at < _DECLARE_PAUSE:
-            return None  # just declared: the message came before it
-        try:
+        if self._declared_at is None or now - self._declared_at > _DECLARE_PAUSE:
             self._declare()
-        except (BrokerError, ConfigError) as error:
-            return error
-        except AmqpTasksError as error:
-            return BrokerError(str(error))
-        self._declared_at = time.monotonic()
-        return None
+            self._declared_at = time.monotonic()
+        return True
 
     def close(self, timeout: float = _EXIT_SECONDS) -> None:
         """Close the connection. The next publish opens another."""

@@ -16,12 +16,12 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with zero seconds: close sends RST
 
 
 class TcpProxy:
-    """Listens on a free port of the loopback and forwards to `host:port`."""
+    """Listens on `port` of the loopback (a free one by default) and forwards to `host:target_port`."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
+    def __init__(self, host: str, target_port: int, *, port: int = 0) -> None:
+        self._target = (host, target_port)
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", port))
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._pairs: dict[socket.socket, socket.socket] = {}

@@ -200,6 +200,10 @@ class PrivateNode:
         except subprocess.TimeoutExpired:
             _signal_group(process.pid, signal.SIGKILL)
             process.wait(5)
+        # The shell around it may be gone before the machine is, whose ports then still answer for a moment.
+        deadline = time.monotonic() + 5
+        while (self._listens(self.port) or self._listens(self.management_port)) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     @staticmethod
     def _beam(session: int) -> int | None:

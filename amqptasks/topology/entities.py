@@ -79,14 +79,15 @@ class Topology:
         """The exchange of that name."""
         return next((exchange for exchange in self.exchanges if exchange.name == name), None)
 
-    def routes(self, exchange: str, routing_key: str) -> bool:
+    def routes(self, exchange: str, routing_key: str | None) -> bool:
         """Whether a message with this key finds a queue once the topology is declared.
 
-        Exact for direct exchanges; any exchange of another type that has a binding counts.
+        Exact for direct exchanges; any exchange of another type that has a binding counts. Without a key: whether the
+        exchange belongs to the topology.
         """
         found = self.exchange(exchange)
-        if found is None:
-            return False
+        if found is None or routing_key is None:
+            return found is not None
         bindings = [binding for binding in self.bindings if binding.source == exchange]
         if found.type == "direct":
             return any(binding.routing_key == routing_key for binding in bindings)
