@@ -218,6 +218,11 @@ class AmqpTasks:
         if "client" in self.__dict__:
             self.client.close()
 
+    async def aclose(self) -> None:
+        """Close the connection of this event loop, if it was opened."""
+        if "client" in self.__dict__:
+            await self.client.aclose()
+
     def _callee(self, name: str) -> Callee:
         return self.tasks.get(name) or NamedCallee(name)
 

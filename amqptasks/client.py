@@ -109,6 +109,10 @@ class Client:
         """Close the publisher's connection."""
         self._publisher.close()
 
+    async def aclose(self) -> None:
+        """Close this event loop's connection."""
+        await self._async_publisher.close()
+
     def _prepare(
         self,
         callee: Callee,

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from amqptasks import AmqpTasks
-from amqptasks.config import mask_url
+from amqptasks.broker.admin import queue_counts
+from amqptasks.config import BrokerSettings, mask_url
 from amqptasks.testing.management import Management
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode
@@ -97,7 +98,9 @@ class VirtualHost:
 
     def ready(self, queue: str) -> int:
         """Messages that wait."""
-        return self.management.counts(queue)[0]
+        found = queue_counts(BrokerSettings.model_validate({"url": self.url}), [queue])[queue]
+        assert found is not None, f"there is no queue {queue!r}"
+        return found[0]
 
     def unacked(self, queue: str) -> int:
         """Messages that a consumer holds."""
@@ -106,7 +109,7 @@ class VirtualHost:
     def wait_settled(self, queue: str, timeout: float = 20.0) -> None:
         """Wait until nothing waits and nothing is unacknowledged."""
         wait_until(
-            lambda: self.management.counts(queue) == (0, 0),
+            lambda: self.ready(queue) == 0 and self.management.counts(queue) == (0, 0),
             timeout,
             lambda: f"{queue} is empty: (ready, unacknowledged) {self.management.counts(queue)}",
             pause=0.1,

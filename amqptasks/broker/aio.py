@@ -139,6 +139,7 @@ class _LoopChannel:
         self._settings = settings
         self._name = name
         self._aio: Any = importlib.import_module("aio_pika")  # heavy: only who awaits pays for it
+        self._errors: Any = importlib.import_module("aiormq.exceptions")
         self._connection: Any = None
         self._channel: Any = None
         self._exchanges: dict[str, Any] = {}
@@ -146,12 +147,13 @@ class _LoopChannel:
 
     async def publish(self, envelope: Envelope, state: _Attempt) -> None:
         """One attempt. Raises PublishError and its kin."""
-        errors = self._aio.exceptions
-        channel = await self._open()
-        exchange = self._exchanges.get(envelope.exchange)
-        if exchange is None:
-            # No declaration and no look-up: `ensure=False` only names it.
-            exchange = self._exchanges[envelope.exchange] = await channel.get_exchange(envelope.exchange, ensure=False)
+        errors = self._errors
+        try:
+            channel, exchange = await self._open(envelope.exchange)
+        except errors.ChannelNotFoundEntity as error:
+            raise Unroutable(f"the exchange {envelope.exchange!r} does not exist ({error})") from MissingExchange()
+        except (errors.AMQPError, ConnectionError, OSError, RuntimeError) as error:
+            raise PublishError(f"the message was not published: {error}") from BrokerUnreachable(str(error))
         state.sent = True
         try:
             await exchange.publish(self._message(envelope), envelope.routing_key, mandatory=envelope.mandatory)
@@ -166,13 +168,13 @@ class _LoopChannel:
                 f"{envelope.routing_key!r} (basic.nack): the queue is full, or has no quorum"
             ) from None
         except errors.ChannelNotFoundEntity as error:
-            self._forget_channel()
+            self._forget(channel)
             raise Unroutable(f"the exchange {envelope.exchange!r} does not exist ({error})") from MissingExchange()
         except errors.ChannelAccessRefused as error:
-            self._forget_channel()
+            self._forget(channel)
             raise PublishError(f"the broker refused to publish to {envelope.exchange!r}") from AccessRefused(str(error))
         except (errors.AMQPError, ConnectionError, OSError, RuntimeError) as error:
-            self._forget_channel()
+            self._forget(channel)
             raise PublishError(f"the connection was lost while publishing: {error}", sent=True) from BrokerUnreachable(
                 str(error)
             )
@@ -192,18 +194,25 @@ class _LoopChannel:
             message_id=envelope.message_id,
         )
 
-    async def _open(self) -> Any:
-        channel = self._channel
-        if channel is not None and not channel.is_closed:
-            return channel
+    async def _open(self, exchange: str) -> tuple[Any, Any]:
+        """Channel and exchange, opened and looked up once.
+
+        A publish to an exchange that is not there closes the channel under everybody who uses it, so it is looked for
+        first (exchange.declare, passive).
+        """
+        channel, found = self._channel, self._exchanges.get(exchange)
+        if found is not None and channel is not None and not channel.is_closed:
+            return channel, found
         async with self._opening:
-            if self._channel is not None and not self._channel.is_closed:
-                return self._channel
-            self._exchanges.clear()
-            if self._connection is None or self._connection.is_closed:
-                self._connection = await self._connect()
-            self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
-            return self._channel
+            if self._channel is None or self._channel.is_closed:
+                self._exchanges.clear()
+                if self._connection is None or self._connection.is_closed:
+                    self._connection = await self._connect()
+                self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            channel = self._channel
+            if exchange not in self._exchanges:
+                self._exchanges[exchange] = await channel.get_exchange(exchange, ensure=True)
+            return channel, self._exchanges[exchange]
 
     async def _connect(self) -> Any:
         failures: list[BrokerError] = []
@@ -217,14 +226,15 @@ class _LoopChannel:
                     client_properties={"connection_name": self._name},
                     heartbeat=self._settings.heartbeat,
                 )
-            except (self._aio.exceptions.AMQPError, OSError, TimeoutError) as error:
+            except (self._errors.AMQPError, OSError, TimeoutError) as error:
                 failures.append(translate(error, parameters))
         refused = next((failure for failure in failures if isinstance(failure, AccessRefused)), failures[0])
         raise PublishError(f"the message was not published: {refused}") from refused
 
-    def _forget_channel(self) -> None:
-        self._channel = None
-        self._exchanges.clear()
+    def _forget(self, channel: Any) -> None:
+        if channel is self._channel:
+            self._channel = None
+            self._exchanges.clear()
 
     async def close(self) -> None:
         if self._connection is not None:

@@ -25,15 +25,15 @@ def new_loop() -> IOLoop:
     return IOLoop()
 
 
-class _Connection(pika.SelectConnection):
+class _Connection(pika.SelectConnection):  # type: ignore[misc]  # pika's modules are untyped here
     """pika's connection; it can also be closed while it connects.
 
-    pika 1.4.4 reports that as an abort, takes the abort for a success (it is no `Exception`), and ends the loop with an
+    pika 1.4.4 reports that as an abort, takes the abort (a class, no instance) for a success, and ends the loop with an
     AssertionError.
     """
 
     def _on_connection_workflow_done(self, conn_or_exc: Any) -> None:
-        if isinstance(conn_or_exc, AMQPConnectionWorkflowAborted):
+        if conn_or_exc is AMQPConnectionWorkflowAborted or isinstance(conn_or_exc, AMQPConnectionWorkflowAborted):
             self._transport = None
             self._handle_connection_workflow_failure(None)
         else:

@@ -1,0 +1,113 @@
+"""A Celery producer sends to our worker, and our producer to a Celery worker: the wire format is the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import uuid4
+
+import celery
+import kombu
+import pytest
+
+from amqptasks.testing.waiting import wait_until
+from integration.apps.ledger import PATH_VARIABLE
+from integration.conftest import ROOT, Bench
+
+JOBS = "integration.apps.jobs"
+
+
+@pytest.fixture
+def sender(bench: Bench) -> Iterator[celery.Celery]:
+    """A real Celery client whose tasks go to our topology."""
+    app = celery.Celery("sender", broker=bench.vhost.url)
+    exchange = kombu.Exchange("amqptasks", type="direct", durable=True)
+    # `no_declare`: the queue is ours, with arguments that Celery does not know.
+    app.conf.task_queues = [kombu.Queue("default", exchange, routing_key="default", no_declare=True)]
+    app.conf.task_default_queue = "default"
+    app.conf.task_create_missing_queues = False
+    bench.client().declare()
+    yield app
+    app.close()
+
+
+def test_a_task_sent_by_celery_runs(bench: Bench, sender: celery.Celery) -> None:
+    bench.worker()
+    done = {sender.send_task(f"{JOBS}.note").id for _ in range(10)}
+    typed = sender.send_task(f"{JOBS}.charge", ({"order": 3, "amount": Decimal("1.50")},), {"note": "from celery"})
+    bench.wait_done(done)
+    wait_until(lambda: typed.id in {entry.task_id for entry in bench.ledger.entries()}, 10, "charged")
+    entry = next(entry for entry in bench.ledger.entries() if entry.task_id == typed.id)
+    assert entry.event == "charged 3 Decimal('1.50') from celery"
+    bench.vhost.wait_settled("default")
+
+
+def test_celerys_countdown_expiry_limits_and_compression_are_understood(bench: Bench, sender: celery.Celery) -> None:
+    bench.worker()
+    sent = datetime.now(UTC)
+    later = sender.send_task(f"{JOBS}.note", countdown=1)
+    packed = sender.send_task(f"{JOBS}.note", compression="gzip")
+    killed = sender.send_task(f"{JOBS}.note", (30.0,), time_limit=1)
+    late = sender.send_task(f"{JOBS}.note", countdown=0.8, expires=sent + timedelta(seconds=0.4))
+    bench.wait_done({later.id, packed.id})
+    begun = next(entry for entry in bench.ledger.entries("begin") if entry.task_id == later.id)
+    assert begun.at - sent.timestamp() >= 1
+    reasons = {
+        letter["properties"]["correlation_id"]: letter["properties"]["headers"]["x-task-reason"]
+        for letter in bench.vhost.dead_letters("default", 2)
+    }
+    assert reasons == {killed.id: "time_limit", late.id: "expired"}
+
+
+def test_a_follow_up_that_is_not_offered_is_dead_lettered_not_dropped(bench: Bench, sender: celery.Celery) -> None:
+    bench.worker()
+    sender.send_task(f"{JOBS}.note", link=celery.signature(f"{JOBS}.note", app=sender))
+    headers = bench.vhost.dead_letters("default", 1)[0]["properties"]["headers"]
+    assert headers["x-task-reason"] == "rejected"
+    assert "callbacks" in headers["x-task-exception-message"]
+
+
+CELERY_WORKER = """
+import os, celery
+from integration.apps.ledger import record
+
+app = celery.Celery("receiver", broker=os.environ["BROKER"])
+app.conf.task_default_queue = "celery"
+
+@app.task(name="receiver.note", bind=True)
+def note(self, *args, **kwargs):
+    record(self.request.id, f"{args!r} {kwargs!r} {self.request.retries} {self.request.timelimit}")
+"""
+
+
+def test_a_celery_worker_runs_what_we_send(bench: Bench) -> None:
+    bench.settings["queues"] = {"default": {}, "celery": {"type": "classic", "dead_letter": {"enabled": False}}}
+    (bench.folder / "receiver.py").write_text(textwrap.dedent(CELERY_WORKER))
+    environment = {
+        **os.environ,
+        "BROKER": bench.vhost.url,
+        PATH_VARIABLE: str(bench.ledger.path),
+        "PYTHONPATH": f"{bench.folder}:{ROOT}",
+    }
+    app = bench.client()
+    app.declare()
+    when, number = datetime(2026, 1, 2, 3, 4, tzinfo=UTC), uuid4()
+    values: dict[str, Any] = {"when": when, "price": Decimal("9.99"), "number": number}
+    sent = app.send_task("receiver.note", (1, "ü"), values, queue="celery", time_limit=30, soft_time_limit=20).id
+    command = [sys.executable, "-m", "celery", "-A", "receiver", "worker", "-P", "solo", "-l", "warning"]
+    command += ["--without-gossip", "--without-mingle", "--without-heartbeat", "-Q", "celery"]
+    with subprocess.Popen(command, env=environment, cwd=bench.folder, stdout=subprocess.DEVNULL) as worker:
+        try:
+            wait_until(bench.ledger.entries, 30, "Celery ran it")
+        finally:
+            worker.terminate()
+            worker.wait(20)
+    entry = bench.ledger.entries()[0]
+    assert entry.task_id == sent
+    assert entry.event == f"(1, 'ü') {values!r} 0 [30, 20]"

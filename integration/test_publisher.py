@@ -1,0 +1,324 @@
+"""Truth at publish: what returned is in the broker, what is not in the broker raised."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from amqptasks import AmqpTasks, BrokerBlocked, Nacked, PublishError, Unroutable
+from amqptasks.testing.proxy import TcpProxy
+from amqptasks.testing.rabbitmq import PrivateNode, free_port
+from amqptasks.testing.waiting import wait_until
+from integration.conftest import ROOT, Bench
+
+
+def waiting_ids(bench: Bench, count: int) -> list[str]:
+    return [one["properties"]["correlation_id"] for one in bench.vhost.management.messages("default", count)]
+
+
+def test_a_call_that_returned_stands_in_the_queue_as_a_persistent_message(bench: Bench) -> None:
+    app = bench.client()
+    result = app.send_task("shop.charge", (1, "9.99"), priority=3, headers={"tenant": "a", "ratio": 0.5})
+    message = bench.vhost.management.messages("default")[0]
+    properties = message["properties"]
+    assert properties["correlation_id"] == result.id
+    assert properties["delivery_mode"] == 2
+    assert properties["priority"] == 3
+    assert (properties["headers"]["tenant"], properties["headers"]["ratio"]) == ("a", 0.5)
+    assert (message["exchange"], message["routing_key"]) == ("amqptasks", "default")
+
+
+def test_a_full_queue_refuses_and_the_caller_is_told(bench: Bench) -> None:
+    bench.settings["queues"] = {"default": {"max_length": 1}}
+    app = bench.client()
+
+    def overfill() -> None:
+        for _ in range(10):
+            app.send_task("shop.charge", retry=False)
+
+    with pytest.raises(Nacked, match="the queue is full"):
+        overfill()
+    assert bench.vhost.ready("default") < 10
+
+
+def test_eight_threads_publish_while_the_connection_is_cut_and_nothing_that_returned_is_lost(
+    bench: Bench, proxy: TcpProxy, through_proxy: str
+) -> None:
+    bench.client().declare()
+    app = AmqpTasks("threads", config=bench.config, broker=through_proxy)
+    confirmed: list[str] = []
+    unknown: list[PublishError] = []
+    stop = threading.Event()
+
+    def publish() -> None:
+        while not stop.is_set():
+            try:
+                confirmed.append(app.send_task("shop.charge").id)
+            except PublishError as error:
+                unknown.append(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(publish) for _ in range(8)]
+        for _ in range(10):
+            time.sleep(0.2)
+            proxy.cut()
+        time.sleep(0.3)
+        stop.set()
+        for one in running:
+            one.result()
+    app.close()
+    assert len(confirmed) > 500
+    assert len(set(confirmed)) == len(confirmed)
+    wait_until(lambda: set(confirmed) <= set(waiting_ids(bench, 100_000)), 20, "all are in the queue", pause=0.5)
+    print(f"{len(confirmed)} confirmed, {len(unknown)} raised, {bench.vhost.ready('default')} in the queue")
+
+
+def test_many_calls_wait_once_for_all_confirms(bench: Bench) -> None:
+    app = bench.client()
+    results = app.send_many([app.signature("shop.charge", (number,)) for number in range(3000)])
+    assert len({result.id for result in results}) == 3000
+    assert bench.vhost.ready("default") == 3000
+
+
+def test_of_many_calls_those_that_failed_are_named(bench: Bench) -> None:
+    app = bench.client()
+    calls = [
+        app.signature("shop.charge"),
+        app.signature("shop.charge").set(queue="nobody"),
+        app.signature("shop.charge"),
+    ]
+    with pytest.raises(Unroutable) as caught:
+        app.send_many(calls)
+    assert [index for index, _ in caught.value.failed] == [1]
+    assert bench.vhost.ready("default") == 2
+
+
+def test_of_many_calls_none_is_published_when_one_cannot_be_written(bench: Bench) -> None:
+    app = bench.client()
+    app.declare()
+    with pytest.raises(Exception, match="cannot be serialized"):
+        app.send_many([app.signature("shop.charge"), app.signature("shop.charge", (object(),))])
+    assert bench.vhost.ready("default") == 0
+
+
+def test_a_stalled_broker_raises_at_the_deadline_and_a_later_call_works(
+    bench: Bench, proxy: TcpProxy, through_proxy: str
+) -> None:
+    bench.client().declare()
+    bench.settings["broker"].update(publish_timeout=1.5, heartbeat=2)
+    app = AmqpTasks("stalled", config=bench.config, broker=through_proxy)
+    app.send_task("shop.charge")
+    proxy.stall()
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(PublishError) as caught:
+            app.send_task("shop.charge")
+        assert time.monotonic() - started < 2.0
+        assert caught.value.sent or caught.value.__cause__ is not None
+    proxy.resume()
+    wait_until(lambda: _works(app), 15, "the next call works")
+    app.close()
+
+
+def _works(app: AmqpTasks) -> bool:
+    try:
+        app.send_task("shop.charge")
+    except PublishError:
+        return False
+    return True
+
+
+def test_an_alarm_raises_broker_blocked_and_a_later_call_works(node: PrivateNode) -> None:
+    app = AmqpTasks("alarm", config={"broker": {"url": node.url, "blocked_timeout": 1, "publish_timeout": 20}})
+    app.send_task("shop.charge")
+    node.rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
+
+    def publish_into_the_alarm() -> None:
+        # The broker tells a connection only when it publishes: the first message may still pass.
+        for _ in range(3):
+            app.send_task("shop.charge")
+
+    with pytest.raises(BrokerBlocked, match="alarm"):
+        publish_into_the_alarm()
+    started = time.monotonic()
+    with pytest.raises(BrokerBlocked):
+        app.send_task("shop.charge")
+    assert time.monotonic() - started < 2
+    node.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
+    wait_until(lambda: _works(app), 10, "the next call works")
+    app.close()
+
+
+def test_a_message_that_is_too_large_harms_no_other(bench: Bench) -> None:
+    bench.settings["broker"]["publish_timeout"] = 30
+    app = bench.client()
+    app.send_task("shop.charge")
+    limit = 134_217_728  # RabbitMQ 3.10; 4.x takes less
+    with pytest.raises(PublishError, match="limit is"):
+        app.send_task("shop.charge", ("x" * (limit + 10),))
+    app.send_task("shop.charge")
+    assert bench.vhost.ready("default") == 2
+
+
+def test_processes_forked_after_a_publish_have_connections_of_their_own(bench: Bench) -> None:
+    app = bench.client()
+    app.send_task("shop.charge")
+    children = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                for _ in range(100):
+                    app.send_task("shop.charge")
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(pid)
+    for _ in range(100):
+        app.send_task("shop.charge")
+    for pid in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    app.send_task("shop.charge")
+    assert bench.vhost.ready("default") == 502
+
+
+def test_gunicorn_with_preload_publishes_from_every_worker(bench: Bench) -> None:
+    port = free_port()
+    (bench.folder / "shopweb.py").write_text(
+        textwrap.dedent(f"""
+        import os
+        from amqptasks import AmqpTasks
+
+        tasks = AmqpTasks("web", config={str(bench.config)!r})
+        tasks.send_task("shop.charge")  # before the fork
+
+        def application(environ, start_response):
+            task_id = tasks.send_task("shop.charge").id
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [f"{{os.getpid()}} {{task_id}}".encode()]
+        """)
+    )
+    command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "3", "--threads", "2", "-b", f"127.0.0.1:{port}"]
+    log = (bench.folder / "gunicorn.log").open("wb")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (
+        log,
+        subprocess.Popen([*command, "shopweb"], cwd=bench.folder, stdout=log, stderr=log, env=environment) as server,
+    ):
+        try:
+            pids, ids = set(), set()
+            wait_until(lambda: _get(port) is not None, 20, "gunicorn answers")
+            with ThreadPoolExecutor(6) as pool:
+                for answer in pool.map(lambda _: _get(port), range(300)):
+                    assert answer is not None, (bench.folder / "gunicorn.log").read_text()
+                    pid, task_id = answer.split()
+                    pids.add(pid)
+                    ids.add(task_id)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(20)
+    assert len(pids) == 3
+    assert ids <= set(waiting_ids(bench, 10_000))
+
+
+def _get(port: int) -> str | None:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return None
+
+
+def test_a_program_that_published_ends_by_itself(bench: Bench) -> None:
+    program = f"""
+    from amqptasks import AmqpTasks
+    app = AmqpTasks("short", config={str(bench.config)!r})
+    print(app.send_task("shop.charge").id)
+    """
+    started = time.monotonic()
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert time.monotonic() - started < 6
+    assert waiting_ids(bench, 10) == [done.stdout.strip()]
+
+
+def test_one_connection_serves_all_threads(bench: Bench) -> None:
+    app = bench.client()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: app.send_task("shop.charge"), range(200)))
+    wait_until(lambda: len(bench.vhost.management.connections()) == 1, 10, "one connection")
+    assert bench.vhost.ready("default") == 200
+
+
+# --- asyncio ---------------------------------------------------------------------------------------------------------
+
+
+async def test_awaiting_publishes_and_the_loop_goes_on(bench: Bench) -> None:
+    app = bench.client()
+    turns = 0
+
+    async def tick() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0.001)
+
+    ticking = asyncio.create_task(tick())
+    results = await asyncio.gather(*(app.asend_task("shop.charge", (number,)) for number in range(200)))
+    ticking.cancel()
+    await app.aclose()
+    assert len({result.id for result in results}) == 200
+    assert turns > 10
+    assert bench.vhost.ready("default") == 200
+
+
+async def test_awaiting_raises_what_calling_raises(bench: Bench) -> None:
+    bench.settings["queues"] = {"default": {"max_length": 1}}
+    app = bench.client()
+    with pytest.raises(Unroutable, match="'nobody'"):
+        await app.asend_task("shop.charge", queue="nobody")
+
+    async def overfill() -> None:
+        for _ in range(10):
+            await app.asend_task("shop.charge", retry=False)
+
+    with pytest.raises(Nacked):
+        await overfill()
+    await app.aclose()
+
+
+async def test_awaiting_a_broker_that_is_down_ends_in_time_and_does_not_block_the_loop() -> None:
+    app = AmqpTasks(
+        "down", config={"broker": {"url": f"amqp://guest:x@127.0.0.1:{free_port()}/", "publish_timeout": 1}}
+    )
+    started = time.monotonic()
+    longest = 0.0
+
+    async def tick() -> None:
+        nonlocal longest
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.monotonic() - before)
+
+    ticking = asyncio.create_task(tick())
+    with pytest.raises(PublishError, match="connection refused"):
+        await app.asend_task("shop.charge")
+    ticking.cancel()
+    assert time.monotonic() - started < 1.5
+    assert longest < 0.3
+    await app.aclose()
