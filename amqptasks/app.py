@@ -135,11 +135,15 @@ class AmqpTasks:
 
     def effective_options(self, task: AnyTask) -> TaskOptions:
         """The task's options with the file's ``tasks:`` section on top; later patterns win."""
+        return task.declared_options.merged(self._options_of(task.name))
+
+    def _options_of(self, name: str) -> dict[str, Any]:
+        """What the settings say of a task."""
         found: dict[str, Any] = {}
         for pattern, extra in self.settings.tasks.items():
-            if fnmatchcase(task.name, pattern):
+            if fnmatchcase(name, pattern):
                 found.update(extra.model_dump(exclude_unset=True))
-        return task.declared_options.merged(found)
+        return found
 
     def import_tasks(self) -> None:
         """Import the modules of ``include``, here and in the settings. Raises `ConfigError` naming the module."""
@@ -224,7 +228,7 @@ class AmqpTasks:
             await self.client.aclose()
 
     def _callee(self, name: str) -> Callee:
-        return self.tasks.get(name) or NamedCallee(name)
+        return self.tasks.get(name) or NamedCallee(name, TaskOptions().merged(self._options_of(name)))
 
 
 def current_app() -> AmqpTasks:

@@ -53,7 +53,10 @@ class Router:
         task_queue: str | None = None,
         task_priority: int | None = None,
     ) -> Route:
-        """The route of one call. Options of the call win over everything."""
+        """The route of one call. Options of the call win over everything.
+
+        Without them it is one look into a dict, but for a name's first call.
+        """
         key = (task, task_queue, task_priority)
         route = self._known.get(key)
         if route is None:
@@ -65,7 +68,7 @@ class Router:
         if priority is None:
             priority = route.priority
         if exchange is not None:
-            return Route(exchange, routing_key or queue or "", queue, priority)
+            return Route(exchange, (queue or "") if routing_key is None else routing_key, queue, priority)
         if queue is not None:
             return Route(self._prefix, routing_key or queue, queue, priority)
         return Route(route.exchange, routing_key or "", None, priority)
@@ -75,14 +78,9 @@ class Router:
         for index, (rule, matches) in enumerate(self._rules):
             if matches(task):
                 queue = rule.queue or (None if rule.exchange else task_queue or self._default)
-                exchange = rule.exchange or self._prefix
-                route = Route(
-                    exchange,
-                    rule.routing_key or queue or "",
-                    queue,
-                    rule.priority if rule.priority is not None else task_priority,
-                )
-                return RouteMatch(route, "rule", index, rule)
+                key = (queue or "") if rule.routing_key is None else rule.routing_key
+                priority = task_priority if rule.priority is None else rule.priority
+                return RouteMatch(Route(rule.exchange or self._prefix, key, queue, priority), "rule", index, rule)
         queue = task_queue or self._default
         return RouteMatch(Route(self._prefix, queue, queue, task_priority), "task" if task_queue else "default")
 

@@ -125,7 +125,10 @@ def test_a_queue_that_exists_with_other_arguments_is_named_with_both_values_and_
             "queues:\n  email: {}\nroutes:\n  - {match: 'a.*', queue: emial}\n",
             ["amqptasks.yaml:4: routes[0].queue: queue 'emial' is not declared; did you mean 'email'?"],
         ),
-        ("routes:\n  - {regex: '(', queue: default}\n", ["amqptasks.yaml:2: routes.0.regex: not a regular expression"]),
+        (
+            "routes:\n  - {regex: '(', queue: default}\n",
+            ["amqptasks.yaml:2: routes[0].regex: '(' is not a regular expression"],
+        ),
     ],
 )
 def test_a_wrong_file_is_told_with_line_key_and_nearest_name(bench: Bench, text: str, words: list[str]) -> None:

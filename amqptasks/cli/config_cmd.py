@@ -20,15 +20,24 @@ def config_group() -> None:
 
 
 @config_group.command("check")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
-def check(obj: CliContext) -> None:
+def check(obj: CliContext, as_json: bool) -> None:
     """Validate file, environment and flags. Exit 2 with one line per problem."""
     settings = load_cli_settings(obj)
     file = find_config(obj.config)
-    click.echo(
-        f"{file or 'defaults (no file)'}: ok: {len(settings.queues)} queues, {len(settings.routes)} routes, "
-        f"{len(settings.exchanges)} exchanges, {len(settings.schedule)} schedules"
-    )
+    counts = {
+        "queues": len(settings.queues),
+        "exchanges": len(settings.exchanges),
+        "routes": len(settings.routes),
+        "tasks": len(settings.tasks),
+        "schedules": len(settings.schedule),
+    }
+    if as_json:
+        click.echo(json.dumps({"ok": True, "file": None if file is None else str(file), **counts}))
+        return
+    parts = ", ".join(f"{count} {name.removesuffix('s') if count == 1 else name}" for name, count in counts.items())
+    click.echo(f"{file or 'defaults (no file)'}: ok: {parts}")
 
 
 @config_group.command("show")

@@ -1,6 +1,7 @@
 """Configuration: one YAML file, environment variables and flags, checked by pydantic."""
 
-from amqptasks.config.loader import find_config, load_settings, mask_url, masked_dump, settings_schema
+from amqptasks.config.loader import find_config, load_settings
+from amqptasks.config.masking import mask_url, masked_dump
 from amqptasks.config.models import (
     BrokerSettings,
     LoggingSettings,
@@ -10,6 +11,7 @@ from amqptasks.config.models import (
     Settings,
     TaskSettings,
 )
+from amqptasks.config.schema import settings_schema
 
 __all__ = [
     "BrokerSettings",

@@ -5,22 +5,29 @@ The descriptions are the configuration reference: ``scripts/config-reference`` w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from amqptasks.config.quantities import parse_bytes, parse_rate, parse_seconds
+from amqptasks.config.fields import (
+    AmqpUrls,
+    BrokerSeconds,
+    Compression,
+    Count,
+    PoolName,
+    PositiveSeconds,
+    Prefetch,
+    Priority,
+    Rate,
+    RegularExpression,
+    ResultBackend,
+    Seconds,
+    Serializer,
+    Size,
+    TimeZone,
+    WholeSeconds,
+)
 
 __all__ = [
     "BindingSettings",
@@ -43,30 +50,9 @@ __all__ = [
 ]
 
 
-def _rate(value: str) -> str:
-    parse_rate(value)
-    return value
-
-
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _amqp_url(value: str) -> str:
-    if not value.startswith(("amqp://", "amqps://")):
-        raise ValueError("a broker URL begins with amqp:// or amqps://")
-    return value
-
-
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
-Size = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-Rate = Annotated[str, AfterValidator(_rate)]
-Count = Annotated[int, Field(ge=1)]
-Priority = Annotated[int, Field(ge=0, le=255)]
-AmqpUrl = Annotated[str, AfterValidator(_amqp_url)]
-Serializer = Literal["json", "msgpack", "yaml", "pickle"]
-Compression = Literal["gzip", "bzip2", "lzma", "brotli", "zstd"]
-PoolName = Literal["process", "prefork", "processes", "thread", "threads", "asyncio", "solo", "gevent", "eventlet"]
+def _soft_first(soft: float | None, hard: float | None) -> None:
+    if soft is not None and hard is not None and soft >= hard:
+        raise ValueError(f"soft_time_limit ({soft:g} s) must be below time_limit ({hard:g} s)")
 
 
 class _Model(BaseModel):
@@ -102,19 +88,21 @@ class PublishRetrySettings(_Model):
 class BrokerSettings(_Model):
     """The way to RabbitMQ."""
 
-    url: Annotated[tuple[AmqpUrl, ...], BeforeValidator(_one_or_many), Field(min_length=1)] = Field(
+    url: AmqpUrls = Field(
         ("amqp://guest:guest@localhost:5672/",), description="AMQP URL, or a list of the cluster's nodes."
     )
     management_url: str | None = Field(None, description="URL of the management API, with user and password. Optional.")
     tls: TlsSettings | None = Field(None, description="Certificates for `amqps://` URLs.")
-    heartbeat: Annotated[int, Field(ge=1, le=3600)] = Field(30, description="AMQP heartbeat in seconds.")
-    connection_timeout: Seconds = Field(5.0, description="Time for connecting to one node.")
+    heartbeat: Annotated[WholeSeconds, Field(ge=1, le=3600)] = Field(30, description="AMQP heartbeat, whole seconds.")
+    connection_timeout: PositiveSeconds = Field(5.0, description="Time for connecting to one node.")
     connection_retry_on_startup: bool = Field(True, description="Wait for a broker that is down when a worker starts.")
     connection_max_retries: Annotated[int, Field(ge=0)] | None = Field(
         100, description="Attempts of a starting worker before it gives up; null for ever."
     )
     blocked_timeout: Seconds = Field(10.0, description="How long a publish waits while the broker has an alarm.")
-    publish_timeout: Seconds = Field(10.0, description="The longest a publish takes, with reconnecting and retries.")
+    publish_timeout: PositiveSeconds = Field(
+        10.0, description="The longest a publish takes, with reconnecting and retries."
+    )
     publish_retry: PublishRetrySettings = Field(
         default_factory=PublishRetrySettings, description="Retries of a publish."
     )
@@ -142,7 +130,7 @@ class DeadLetterSettings(_Model):
     """A queue's dead-letter queue, `<queue>.dlq`."""
 
     enabled: bool = Field(True, description="False drops what fails for good. Think twice.")
-    ttl: Seconds | None = Field(None, description="Dead letters are dropped after this time; null keeps them.")
+    ttl: BrokerSeconds | None = Field(None, description="Dead letters are dropped after this time; null keeps them.")
     max_length: Count | None = Field(None, description="The oldest dead letters are dropped beyond so many.")
     type: Literal["quorum", "classic"] = Field("quorum", description="The dead-letter queue's type.")
 
@@ -157,24 +145,26 @@ class QueueSettings(_Model):
         None, description="Priorities 0 to this (x-max-priority). Keep it at 10 or below. Makes the queue classic."
     )
     delivery_limit: Count | None = Field(None, description="Deliveries before the broker dead-letters (quorum only).")
-    message_ttl: Seconds | None = Field(None, description="Messages that wait longer are dead-lettered.")
+    message_ttl: BrokerSeconds | None = Field(None, description="Messages that wait longer are dead-lettered.")
     max_length: Count | None = Field(None, description="Most messages that may wait.")
     max_length_bytes: Size | None = Field(None, description="Most bytes that may wait.")
     overflow: Literal["reject-publish", "drop-head"] | None = Field(
         None, description="What a full queue does: refuse the publish (the default), or dead-letter its oldest message."
     )
-    expires: Seconds | None = Field(None, description="The queue is deleted when unused for so long.")
+    expires: Annotated[BrokerSeconds, Field(gt=0)] | None = Field(
+        None, description="The queue is deleted when unused for so long."
+    )
     durable: bool = Field(True, description="Survives a restart of the broker (classic queues only can be false).")
-    consumer_timeout: Seconds | None = Field(None, description="Time for an acknowledgement (quorum; RabbitMQ 3.12+).")
+    consumer_timeout: PositiveSeconds | None = Field(
+        None, description="Time for an acknowledgement (quorum; RabbitMQ 3.12+)."
+    )
     bindings: tuple[BindingSettings, ...] = Field((), description="Bindings to exchanges of your own.")
     arguments: Mapping[str, Any] = Field(default_factory=dict, description="More arguments of queue.declare.")
     dead_letter: DeadLetterSettings = Field(default_factory=DeadLetterSettings, description="The dead-letter queue.")
     concurrency: Count | None = Field(None, description="Tasks at once in one worker.")
     pool: PoolName | None = Field(None, description="How executors run tasks: process, asyncio or solo.")
     processes: Count | None = Field(None, description="Executor processes of an asyncio pool.")
-    prefetch: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] | None = Field(
-        None, description="Messages held unacknowledged; auto follows the run time."
-    )
+    prefetch: Prefetch | None = Field(None, description="Messages held unacknowledged; auto follows the run time.")
     max_tasks_per_child: Count | None = Field(None, description="Replace an executor after so many tasks.")
     max_memory_per_child: Size | None = Field(None, description="Replace an executor that grew beyond this.")
     poison_limit: Count | None = Field(None, description="Executors that one message may cost before it is poison.")
@@ -185,6 +175,14 @@ class QueueSettings(_Model):
         if self.type is not None:
             return self.type
         return "classic" if self.max_priority is not None else "quorum"
+
+    @field_validator("arguments")
+    @classmethod
+    def _has_a_key_of_its_own(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        for argument, key in (("x-queue-type", "type"), ("x-max-priority", "max_priority")):
+            if argument in value:
+                raise ValueError(f"{argument} is set with the key {key!r} of the queue")
+        return value
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
@@ -204,26 +202,17 @@ class RouteSettings(_Model):
     """A route: the first one that matches a task's name wins."""
 
     match: str | None = Field(None, description="Glob on the task's name: `payment.*`.")
-    regex: str | None = Field(None, description="Regular expression, searched in the task's name.")
+    regex: RegularExpression | None = Field(None, description="Regular expression, searched in the task's name.")
     queue: str | None = Field(None, description="The queue.")
     exchange: str | None = Field(None, description="One of `exchanges`, instead of the task exchange.")
     routing_key: str | None = Field(None, description="Routing key; the queue's name by default.")
     priority: Priority | None = Field(None, description="Priority of the messages.")
 
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
-        return value
-
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if (self.match is None) == (self.regex is None):
-            raise ValueError("a route has either `match` (glob) or `regex`")
+            both = self.match is not None
+            raise ValueError(f"a route has `match` (glob) or `regex`; this one has {'both' if both else 'neither'}")
         if self.queue is None and self.exchange is None and self.priority is None:
             raise ValueError("a route names a queue, an exchange or a priority")
         if self.routing_key is not None and self.queue is None and self.exchange is None:
@@ -232,12 +221,13 @@ class RouteSettings(_Model):
 
 
 class TaskSettings(_Model):
-    """Options of the tasks whose names match the pattern; they win over those in the code."""
+    """Options of the tasks whose names match the pattern (a glob). They win over those in the code; later patterns
+    win over earlier ones."""
 
     queue: str | None = Field(None, description="Queue, after the routes.")
     priority: Priority | None = Field(None, description="Priority of the messages.")
-    time_limit: Seconds | None = Field(None, description="The task is killed after this time.")
-    soft_time_limit: Seconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
+    time_limit: PositiveSeconds | None = Field(None, description="The task is killed after this time.")
+    soft_time_limit: PositiveSeconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
     rate_limit: Rate | None = Field(None, description="10/m, 5/s or 100/h.")
     max_retries: Annotated[int, Field(ge=0)] | None = Field(None, description="Retries; null for ever.")
     default_retry_delay: Seconds | None = Field(None, description="Pause before a retry.")
@@ -246,21 +236,28 @@ class TaskSettings(_Model):
     serializer: Serializer | None = Field(None, description="How arguments are written.")
     compression: Compression | None = Field(None, description="How bodies are compressed.")
     track_started: bool | None = Field(None, description="Report the state STARTED.")
+    acks_late: bool | None = Field(None, description="Always true here: a task is acknowledged after its outcome.")
+
+    @field_validator("acks_late")
+    @classmethod
+    def _always_late(cls, value: bool | None) -> bool | None:
+        if value is False:
+            raise ValueError("false is not offered: a task is acknowledged when its outcome is durable")
+        return value
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> Self:
+        _soft_first(self.soft_time_limit, self.time_limit)
+        return self
 
 
 class ResultSettings(_Model):
     """Where results go."""
 
-    backend: str = Field("rpc://", description="rpc:// redis:// postgresql:// mysql:// sqlite:/// memcached:// none")
+    backend: ResultBackend = Field(
+        "rpc://", description="rpc:// redis:// postgresql:// mysql:// sqlite:/// memcached:// none"
+    )
     expires: Seconds = Field(86400.0, description="How long results are kept.")
-
-    @field_validator("backend")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        known = ("rpc", "redis", "rediss", "postgresql", "mysql", "sqlite", "memcached", "mongodb")
-        if value != "none" and value.partition("://")[0].partition("+")[0] not in known:
-            raise ValueError(f"no result backend of that name; one of none, {', '.join(f'{k}://' for k in known)}")
-        return value
 
 
 class ScheduleSettings(_Model):
@@ -268,7 +265,7 @@ class ScheduleSettings(_Model):
 
     task: str = Field(description="Name of the task.")
     cron: str | None = Field(None, description="Five fields: minute hour day month weekday.")
-    every: Seconds | None = Field(None, description="Interval.")
+    every: PositiveSeconds | None = Field(None, description="Interval.")
     args: tuple[Any, ...] = Field((), description="Positional arguments.")
     kwargs: Mapping[str, Any] = Field(default_factory=dict, description="Named arguments.")
     options: Mapping[str, Any] = Field(default_factory=dict, description="Options of apply_async.")
@@ -277,16 +274,22 @@ class ScheduleSettings(_Model):
     @model_validator(mode="after")
     def _one_clock(self) -> Self:
         if (self.cron is None) == (self.every is None):
-            raise ValueError("a schedule has either `cron` or `every`")
+            both = self.cron is not None
+            raise ValueError(f"a schedule has `cron` or `every`; this one has {'both' if both else 'neither'}")
         return self
+
+    @field_validator("cron")
+    @classmethod
+    def _five_fields(cls, value: str | None) -> str | None:
+        if value is not None and len(value.split()) != 5:
+            raise ValueError(f"{value!r} has {len(value.split())} fields; cron has five: minute hour day month weekday")
+        return value
 
 
 class WorkerSettings(_Model):
     """Defaults of the worker; queues and flags win over them."""
 
-    prefetch: Annotated[int, Field(ge=1, le=65535)] | Literal["auto"] = Field(
-        "auto", description="Messages held unacknowledged per queue; auto follows the run time."
-    )
+    prefetch: Prefetch = Field("auto", description="Messages held unacknowledged per queue; auto follows the run time.")
     grace_period: Seconds = Field(30.0, description="Time that running tasks get to finish at shutdown.")
     http: str | None = Field(None, description="Address of the health and metrics server.")
     pool: PoolName = Field("process", description="process, asyncio or solo; prefork is process.")
@@ -294,10 +297,15 @@ class WorkerSettings(_Model):
     poison_limit: Count = Field(
         3, description="Executors that one message may cost before it is dead-lettered as poison."
     )
-    time_limit: Seconds | None = Field(None, description="Tasks are killed after this time.")
-    soft_time_limit: Seconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
+    time_limit: PositiveSeconds | None = Field(None, description="Tasks are killed after this time.")
+    soft_time_limit: PositiveSeconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
     max_tasks_per_child: Count | None = Field(None, description="Replace an executor after so many tasks.")
     max_memory_per_child: Size | None = Field(None, description="Replace an executor that grew beyond this.")
+
+    @model_validator(mode="after")
+    def _limits_in_order(self) -> Self:
+        _soft_first(self.soft_time_limit, self.time_limit)
+        return self
 
 
 class SerializationSettings(_Model):
@@ -338,15 +346,17 @@ class TopologySettings(_Model):
     declare: bool = Field(
         True, description="False checks only that everything exists, for users without configure permission."
     )
-    default_queue: str = Field("default", description="Queue of tasks that no route and no option sends elsewhere.")
+    default_queue: Annotated[str, Field(min_length=1)] = Field(
+        "default", description="Queue of tasks that no route and no option sends elsewhere."
+    )
 
 
 class Settings(_Model):
-    """Everything."""
+    """The whole file."""
 
     app: str | None = Field(None, description="The app, as `-A` names it: `shop.tasks:app`.")
     include: tuple[str, ...] = Field((), description="Modules that define tasks.")
-    timezone: str = Field("UTC", description="Zone of schedules.")
+    timezone: TimeZone = Field("UTC", description="Zone of schedules, such as Asia/Shanghai.")
     broker: BrokerSettings = Field(default_factory=BrokerSettings, description="The way to RabbitMQ.")
     exchanges: Mapping[str, ExchangeSettings] = Field(
         default_factory=dict, description="Exchanges of your own, by name."

@@ -1,0 +1,58 @@
+"""What the structure of the code promises, read off its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "amqptasks"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_FUNCTION = 60
+LONGEST_FILE = 400
+#: `Client._prepare` is one signature: every option of `apply_async` by name, with its default.
+LONG_BY_CONTRACT = {("client.py", "_prepare")}
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_functions_fit_a_screen_and_files_hold_one_thing(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for function in functions(ast.parse(text)):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        if (file.name, function.name) not in LONG_BY_CONTRACT:
+            assert length <= LONGEST_FUNCTION, f"{function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_own_modules_are_imported_at_the_top(file: Path) -> None:
+    for function in functions(ast.parse(file.read_text())):
+        for node in ast.walk(function):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("amqptasks"), f"{function.name} imports {node.module}"
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("amqptasks") for name in node.names), function.name
+
+
+def test_only_settlement_acknowledges() -> None:
+    """Acks and requeues are sent by the consumer, and asked for by `worker/settlement.py` alone."""
+    callers: dict[str, set[str]] = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else None
+            if name in {"basic_ack", "basic_nack", "basic_reject", "send_ack", "send_requeue"}:
+                callers.setdefault(name, set()).add(str(file.relative_to(PACKAGE)))
+    assert callers == {
+        "basic_ack": {"broker/consumer.py"},
+        "basic_nack": {"broker/consumer.py"},
+        "send_ack": {"worker/settlement.py"},
+        "send_requeue": {"worker/settlement.py"},
+    }
