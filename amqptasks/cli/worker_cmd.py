@@ -114,7 +114,22 @@ def _banner(app: AmqpTasks, settings: Settings, plans: list[GroupPlan], node: st
     lines += [f"  . {plan.queue:<20} {plan}" for plan in plans]
     lines += ["", "[tasks]"]
     lines += [f"  . {name}" for name in sorted(app.tasks)] or ["  (none: is `include` complete?)"]
-    limited = sorted(name for name, task in app.tasks.items() if task.options.rate_limit)
-    if limited:
-        lines += ["", f"  note: rate_limit is not enforced by this version: {', '.join(limited)}"]
+    silent = _not_yet(app, settings, plans)
+    if silent:
+        lines += ["", "[accepted, but without effect in this version]", *(f"  . {one}" for one in silent)]
     return "\n".join([*lines, ""])
+
+
+def _not_yet(app: AmqpTasks, settings: Settings, plans: list[GroupPlan]) -> list[str]:
+    """Settings that are understood and checked, and that this version does not act on: nobody should rely on them."""
+    found = [f"rate_limit of {name}" for name, task in sorted(app.tasks.items()) if task.options.rate_limit]
+    for plan in plans:
+        queue = settings.queues[plan.queue]
+        for key in ("max_tasks_per_child", "max_memory_per_child"):
+            if getattr(queue, key) is not None or getattr(settings.worker, key) is not None:
+                found.append(f"{key} of queue {plan.queue}")
+    if settings.worker.http is not None:
+        found.append("worker.http")
+    if settings.schedule:
+        found.append("schedule")
+    return found

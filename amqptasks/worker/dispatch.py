@@ -76,14 +76,15 @@ class ExecutorHandle:
         self.output = bytearray()
         self.lease = 0.0
         #: Why the leader killed it, for the outcome of the task that ran.
-        self.killed_for: Outcome | None = None
+        self.killed_for: Failed | None = None
 
 
 class Dispatcher:
     """The executors of one queue, and the deliveries that wait for them.
 
     Args:
-        on_outcome: called with each delivery and its outcome.
+        on_outcome: called with each delivery and the outcome that its executor reported.
+        on_death: called with the delivery that ran in an executor that died, and what that means for it.
         hard_limit: seconds a delivery's task may run; None for no limit.
     """
 
@@ -95,6 +96,7 @@ class Dispatcher:
         *,
         keep: frozenset[int],
         on_outcome: Callable[[Delivery, Outcome], None],
+        on_death: Callable[[Delivery, Failed | Lost], None],
         hard_limit: Callable[[Delivery], float | None],
     ) -> None:
         self._loop = loop
@@ -102,6 +104,7 @@ class Dispatcher:
         self._processes = processes
         self._keep = keep
         self._on_outcome = on_outcome
+        self._on_death = on_death
         self._hard_limit = hard_limit
         self._concurrent = setup.pool == "asyncio"
         self._slots = max(1, setup.concurrency // processes) if self._concurrent else 1
@@ -376,7 +379,7 @@ class Dispatcher:
         for delivery in reversed(list(executor.inflight.values())):
             # Tasks on one event loop run at once: which of them ended the process cannot be told.
             if self._concurrent or delivery.number == running:
-                self._on_outcome(delivery, executor.killed_for or Lost(f"executor {executor.pid} {how}"))
+                self._on_death(delivery, executor.killed_for or Lost(f"executor {executor.pid} {how}"))
             else:
                 delivery.stage = Stage.WAITING
                 self.waiting.appendleft(delivery)

@@ -25,8 +25,8 @@ from amqptasks.errors import BrokerError, PublishError, Unroutable
 from amqptasks.events import Bus, TaskFailed
 from amqptasks.execution.job import header_limits
 from amqptasks.message import Envelope
-from amqptasks.outcome import Failed, GivenBack, Lost, Outcome, Postponed
-from amqptasks.worker.delivery import Delivery, Stage
+from amqptasks.outcome import Failed, GivenBack, Lost, Outcome, Postponed, Reason
+from amqptasks.worker.delivery import Delivery, Stage, header_crashes
 from amqptasks.worker.dispatch import Dispatcher
 from amqptasks.worker.effects import Effects
 from amqptasks.worker.executor import ExecutorSetup
@@ -118,7 +118,8 @@ class Leader:
             ExecutorSetup(setup.app, setup.bus, plan.queue, setup.hostname, plan.pool, plan.concurrency),
             plan.processes,
             keep=setup.keep,
-            on_outcome=self._outcome,
+            on_outcome=self._settlement.settle,
+            on_death=self._died,
             hard_limit=self._hard_limit,
         )
         self._connection: Any = None
@@ -294,15 +295,22 @@ class Leader:
             _log.debug("Came before its time", queue=self._plan.queue, task_id=delivery.headers.get("id"))
         self._settlement.settle(delivery, outcome)
 
-    def _outcome(self, delivery: Delivery, outcome: Outcome) -> None:
+    def _died(self, delivery: Delivery, outcome: Failed | Lost) -> None:
         if isinstance(outcome, Lost):
+            crashes = header_crashes(delivery.headers) + 1
             _log.error(
                 "Executor lost while running a task",
                 queue=self._plan.queue,
                 task=delivery.headers.get("task"),
                 task_id=delivery.headers.get("id"),
                 reason=outcome.description,
+                crashes=crashes,
+                limit=self._plan.poison_limit,
             )
+            if crashes >= self._plan.poison_limit:
+                self._report(delivery, Failed(Reason.POISON, "WorkerLost", outcome.description))
+        else:
+            self._report(delivery, outcome)
         self._settlement.settle(delivery, outcome)
 
     def _report(self, delivery: Delivery, failed: Failed) -> None:
