@@ -6,12 +6,14 @@ import contextlib
 import os
 import random
 import signal
+import struct
 import time
 from collections import Counter
 
 import psutil
 import pytest
 
+from amqptasks.broker.wire import EncodedProperties
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
@@ -287,17 +289,24 @@ def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: B
         (body, {**sound, "stray": b"\xff\xfe\x00"}, None),
         (b"[" * 200_000, sound, "application/json"),
     ]
+    published = [
+        (payload, pika.BasicProperties(headers=headers, content_type=content_type, correlation_id="bad"))
+        for payload, headers, content_type in bad
+    ]
+    # A header table with a time beyond what a clock can show, as raw bytes: flags, table, nothing else.
+    table = b"\x01t" + b"T" + b"\xff" * 8
+    hostile = EncodedProperties(struct.pack(">HI", 1 << 13, len(table)) + table)
+    published.append((body, hostile))
     ids = set()
-    for payload, headers, content_type in bad:
-        properties = pika.BasicProperties(headers=headers, content_type=content_type, correlation_id="bad")
+    for payload, properties in published:
         channel.basic_publish("amqptasks", "default", payload, properties)
         ids.add(bench.send(app, "note"))
     connection.close()
     worker = bench.worker("default", "-c", "2", "--prefetch", "4")
     pids = {process.pid for process in worker.leaders()}
-    letters = bench.vhost.dead_letters("default", len(bad))
+    letters = bench.vhost.dead_letters("default", len(published))
     reasons = Counter(letter["properties"]["headers"]["x-task-reason"] for letter in letters)
-    assert reasons == {"undecodable": len(bad)}
+    assert reasons == {"undecodable": len(published)}
     assert all(letter["properties"]["headers"]["x-task-exception-message"] for letter in letters)
     bench.wait_done(ids)
     bench.vhost.wait_settled("default")
