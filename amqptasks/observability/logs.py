@@ -21,7 +21,7 @@ import orjson
 import structlog
 
 from amqptasks.config import LoggingSettings
-from amqptasks.events import Bus, TaskFailed, TaskReceived, TaskRetrying, TaskSucceeded
+from amqptasks.events import Bus, TaskEvent, TaskFailed, TaskReceived, TaskRetrying, TaskSucceeded
 from amqptasks.execution.runner import safe_repr
 from amqptasks.request import current_request
 
@@ -165,6 +165,10 @@ class _StandardHandler(logging.Handler):
         method(record.getMessage(), **fields)
 
 
+def _fields(event: TaskEvent) -> dict[str, Any]:
+    return {"task": event.task, "task_id": event.task_id, "queue": event.queue, "attempt": event.attempt}
+
+
 def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, level: str | None = None) -> None:
     """Write a line for each thing that happens to a task, in Celery's words."""
     log = structlog.get_logger("amqptasks.task")
@@ -173,29 +177,20 @@ def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, l
     def received(event: TaskReceived) -> None:
         log.info(
             f"Task {event.task}[{event.task_id}] received",
-            task=event.task,
-            task_id=event.task_id,
-            queue=event.queue,
-            attempt=event.attempt,
+            **_fields(event),
         )
 
     def succeeded(event: TaskSucceeded) -> None:
         log.info(
             f"Task {event.task}[{event.task_id}] succeeded in {event.runtime:.6f}s: {safe_repr(event.result)}",
-            task=event.task,
-            task_id=event.task_id,
-            queue=event.queue,
-            attempt=event.attempt,
+            **_fields(event),
             runtime=round(event.runtime, 6),
         )
 
     def retrying(event: TaskRetrying) -> None:
         log.info(
             f"Task {event.task}[{event.task_id}] retry: Retry in {event.delay:.3g}s: {event.exception}",
-            task=event.task,
-            task_id=event.task_id,
-            queue=event.queue,
-            attempt=event.attempt,
+            **_fields(event),
             runtime=round(event.runtime, 6),
         )
 
@@ -207,10 +202,7 @@ def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, l
             what = f"{event.reason}: {event.message}"
         say(
             f"Task {event.task}[{event.task_id}] failed: {what}",
-            task=event.task,
-            task_id=event.task_id,
-            queue=event.queue,
-            attempt=event.attempt,
+            **_fields(event),
             runtime=round(event.runtime, 6),
             reason=str(event.reason),
             exception=event.traceback.rstrip() or None if not event.expected else None,

@@ -22,10 +22,11 @@ from amqptasks.outcome import Failed, Lost, Outcome, Reason
 from amqptasks.worker.cell import Cell
 from amqptasks.worker.delivery import Delivery, Stage
 from amqptasks.worker.executor import ExecutorSetup, run_executor
+from amqptasks.worker.handle import ExecutorHandle, describe_exit
 from amqptasks.worker.process import fork_child
-from amqptasks.worker.wire import FrameReader, Report, pack_jobs, unpack_report, unpack_reports
+from amqptasks.worker.wire import Report, pack_jobs, unpack_report, unpack_reports
 
-__all__ = ["Dispatcher", "ExecutorHandle", "Loop"]
+__all__ = ["Dispatcher", "Loop"]
 
 #: Seconds for which an executor may start what it holds.
 LEASE = 0.5
@@ -58,25 +59,6 @@ class Loop(Protocol):
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Any:
         """Call back once."""
-
-
-class ExecutorHandle:
-    """The leader's side of one executor."""
-
-    __slots__ = ("cell", "frames", "inflight", "killed_for", "lease", "output", "pid", "pidfd", "socket", "started")
-
-    def __init__(self, pid: int, channel: socket.socket, cell: Cell) -> None:
-        self.pid = pid
-        self.socket = channel
-        self.pidfd = os.pidfd_open(pid)
-        self.cell = cell
-        self.started = time.monotonic()
-        self.inflight: dict[int, Delivery] = {}
-        self.frames = FrameReader()
-        self.output = bytearray()
-        self.lease = 0.0
-        #: Why the leader killed it, for the outcome of the task that ran.
-        self.killed_for: Failed | None = None
 
 
 class Dispatcher:
@@ -135,7 +117,7 @@ class Dispatcher:
         for executor in self.executors:
             if executor.inflight:
                 executor.inflight.clear()
-                _signal(executor, signal.SIGKILL)
+                executor.signal(signal.SIGKILL)
             else:
                 with suppress(OSError):
                     executor.socket.shutdown(socket.SHUT_WR)
@@ -323,7 +305,7 @@ class Dispatcher:
                 pid=executor.pid,
                 task_id=delivery.headers.get("id") if delivery is not None else None,
             )
-            _signal(executor, signal.SIGKILL)
+            executor.signal(signal.SIGKILL)
 
     def _take_back(self, executor: ExecutorHandle, running: int) -> None:
         """What an executor did not start before its lease ended goes to others; it returns it unstarted."""
@@ -347,7 +329,7 @@ class Dispatcher:
         executor.socket.close()
         _, status = os.waitpid(executor.pid, 0)
         self.executors.remove(executor)
-        how = _how(status)
+        how = describe_exit(status)
         running, _ = executor.cell.read()
         executor.cell.close()
         self._give_out_again(executor, running, how)
@@ -384,20 +366,3 @@ class Dispatcher:
                 delivery.stage = Stage.WAITING
                 self.waiting.appendleft(delivery)
         executor.inflight.clear()
-
-
-def _how(status: int) -> str:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        try:
-            return f"was killed by {signal.Signals(number).name}"
-        except ValueError:
-            return f"was killed by signal {number}"
-    return f"exited with code {os.waitstatus_to_exitcode(status)}"
-
-
-def _signal(executor: ExecutorHandle, number: int) -> None:
-    try:
-        os.kill(executor.pid, number)
-    except ProcessLookupError:
-        return
