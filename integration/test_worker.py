@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -267,6 +268,18 @@ def test_a_long_task_holds_nothing_back(bench: Bench) -> None:
     assert time.monotonic() - started < 6
     assert slow not in bench.ledger.ids("done")
     first.kill()
+
+
+@pytest.mark.parametrize("queue", [{}, {"max_priority": 10}], ids=["quorum", "classic"])
+def test_the_executors_of_a_queue_share_its_work(bench: Bench, queue: dict[str, Any]) -> None:
+    bench.settings["queues"] = {"default": queue}
+    app = bench.client()
+    ids = {bench.send(app, "note", 0.006) for _ in range(200)}
+    bench.worker("default", "-c", "2")
+    bench.wait_done(ids)
+    shares = Counter(entry.pid for entry in bench.ledger.entries("done"))
+    assert len(shares) == 2
+    assert min(shares.values()) > 60, shares
 
 
 def test_lines_of_a_task_carry_its_names_and_json_is_one_object_a_line(bench: Bench) -> None:

@@ -153,18 +153,22 @@ class Dispatcher:
         self.waiting.append(delivery)
 
     def pump(self) -> None:
-        """Give waiting deliveries to executors with room, least busy first."""
+        """Give waiting deliveries to executors with room, least busy first, in even shares."""
         waiting = self.waiting
         if not waiting or not self.executors:
             return
         credit = self.credit
-        for executor in sorted(self.executors, key=lambda one: len(one.inflight)):
+        able = [one for one in self.executors if len(one.inflight) < credit and not self._stuck(one)]
+        able.sort(key=lambda one: len(one.inflight))
+        for index, executor in enumerate(able):
             room = credit - len(executor.inflight)
-            # A batch refills half of an executor's credit at least, so that a wake-up carries more than one job.
-            if room <= 0 or (room * 2 < credit and len(waiting) > room) or self._stuck(executor):
+            # Half of an executor's credit at least, so that a wake-up carries more than one job; and no more than its
+            # share, so that none idles while another has a batch.
+            if room * 2 < credit and len(waiting) > room:
                 continue
+            share = -(-len(waiting) // (len(able) - index))
             batch: list[Delivery] = []
-            while waiting and len(batch) < room:
+            while waiting and len(batch) < min(room, share):
                 delivery = waiting.popleft()
                 if delivery.stage is Stage.WAITING:
                     batch.append(delivery)
