@@ -86,9 +86,14 @@ class AmqpTasks:
                 return load_settings(data=self._config, overrides=self._overrides)
             return load_settings(self._config, overrides=self._overrides)
 
-    def configure(self, settings: Settings) -> None:
-        """Use `settings`, as the command line read them. Before the first call only."""
-        self.__dict__["settings"] = settings
+    def configure(self, *, config: str | Path | None = None, broker: str | None = None) -> None:
+        """Read another file, or use another broker, as the command line's flags say. Before the first call only."""
+        if config is not None:
+            self._config = config
+        if broker is not None:
+            self._overrides["broker"] = {"url": broker}
+        for name in ("settings", "router", "topology"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def router(self) -> Router:

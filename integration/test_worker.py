@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from amqptasks.testing.waiting import wait_until
-from integration.conftest import Bench
+from amqptasks.testing.workers import WorkerProcess
+from integration.conftest import ROOT, Bench
 
 TASKS = "integration.apps.jobs"
 
@@ -301,3 +302,20 @@ def test_lines_of_a_task_carry_its_names_and_json_is_one_object_a_line(bench: Be
     failed = next(record for record in records if record.get("reason") == "failed")
     assert failed["task_id"] == failing
     assert "ValueError: broken" in failed["exception"]
+
+
+def test_a_worker_uses_the_configuration_that_its_app_names(bench: Bench) -> None:
+    (bench.folder / "ownapp.py").write_text(
+        "from amqptasks import AmqpTasks\n"
+        f"app = AmqpTasks('own', config={{'broker': {{'url': {bench.vhost.url!r}}}, 'queues': {{'email': {{}}}}}})\n"
+        "@app.task(name='own.hello', queue='email')\n"
+        "def hello() -> str:\n"
+        "    return 'hello'\n"
+    )
+    environment = {"PYTHONPATH": f"{bench.folder}:{ROOT}"}
+    with WorkerProcess("ownapp:app", "email", log=bench.folder / "own.log", environment=environment) as worker:
+        worker.wait_ready()
+        bench.settings["queues"] = {"email": {}}
+        bench.client().send_task("own.hello", queue="email")
+        wait_until(lambda: "succeeded in" in worker.log, 10, "it ran")
+        assert worker.stop() == 0

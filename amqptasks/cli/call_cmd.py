@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from amqptasks.app import AmqpTasks, find_app
+from amqptasks.app import AmqpTasks
 from amqptasks.cli.context import CliContext
-from amqptasks.cli.settings import load_cli_settings
+from amqptasks.cli.settings import load_app, load_cli_settings
 
 __all__ = ["call_command"]
 
@@ -45,10 +45,11 @@ def call_command(
 ) -> None:
     """Publish a call of task NAME, wait for the broker's confirm and print the task's id."""
     settings = load_cli_settings(obj)
-    target = obj.app or settings.app
-    # Without an app the arguments go unchecked, and the worker judges them.
-    app = AmqpTasks("call") if target is None else find_app(target)
-    app.configure(settings)
+    if settings.app is not None:
+        app = load_app(obj)
+    else:  # without an app the arguments go unchecked, and the worker judges them
+        app = AmqpTasks("call")
+        app.configure(config=obj.config, broker=obj.broker)
     result = app.send_task(
         name,
         _json(list, "--args", args),

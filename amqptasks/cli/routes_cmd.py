@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import click
 
-from amqptasks.app import find_app
+from amqptasks.app import AmqpTasks
 from amqptasks.cli.context import CliContext
-from amqptasks.cli.settings import load_cli_settings
+from amqptasks.cli.settings import load_app, load_cli_settings
 from amqptasks.config import Settings
 from amqptasks.routing import RouteMatch, Router
 
@@ -46,8 +44,9 @@ def test(obj: CliContext, name: str, as_json: bool) -> None:
     The first rule of `routes` wins, then the task's own queue, then the default queue. The task's own options are those
     of the `tasks` section and, with -A, of the code.
     """
-    settings = load_cli_settings(obj)
-    own = _own(obj, settings, name)
+    app = load_app(obj) if obj.app is not None else None
+    settings = load_cli_settings(obj) if app is None else app.settings
+    own = _own(app, settings, name)
     match = Router(settings).explain(name, task_queue=own.queue, task_priority=own.priority)
     route = match.route
     if as_json:
@@ -66,16 +65,13 @@ def test(obj: CliContext, name: str, as_json: bool) -> None:
     click.echo("\n".join(f"{title:<9}{value}" for title, value in rows))
 
 
-def _own(obj: CliContext, settings: Settings, name: str) -> _Own:
+def _own(app: AmqpTasks | None, settings: Settings, name: str) -> _Own:
     own = _Own()
-    if obj.app is not None:
-        sys.path.insert(0, str(Path.cwd()))
-        app = find_app(obj.app)
-        app.configure(settings)
+    if app is not None:
         app.import_tasks()
         task = app.tasks.get(name)
         if task is None:
-            click.echo(f"note: {obj.app} has no task called {name!r}; the settings alone decide", err=True)
+            click.echo(f"note: {app.name} has no task called {name!r}; the settings alone decide", err=True)
         else:
             own = _Own(task.declared_options.queue, task.declared_options.priority, "the code", "the code")
     for place, key, value in _of_the_settings(settings, name):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
 from typing import Literal
 
 import click
 
 from amqptasks import __version__
-from amqptasks.app import AmqpTasks, find_app
+from amqptasks.app import AmqpTasks
 from amqptasks.cli.context import CliContext
-from amqptasks.cli.settings import load_cli_settings
+from amqptasks.cli.settings import load_app
 from amqptasks.config import Settings, mask_url
-from amqptasks.errors import ConfigError
 from amqptasks.events import Bus
 from amqptasks.observability.logs import configure_logging, subscribe_logs
 from amqptasks.observability.sentry import subscribe_sentry
@@ -72,16 +69,8 @@ def worker_command(
 
     SIGTERM or Ctrl-C finishes what runs and exits 0; a second one gives what runs back at once.
     """
-    settings = load_cli_settings(obj)
-    name = obj.app or settings.app
-    if name is None:
-        raise ConfigError("which app? Give -A module:app, or `app:` in the YAML file")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - as `python -m` does
-    app = find_app(name)
-    if obj.config is None and obj.broker is None and settings.app is None:
-        settings = app.settings
-    else:
-        app.configure(settings)
+    app = load_app(obj)
+    settings = app.settings
     writer = configure_logging(settings.logging, level=loglevel)
     bus = Bus()
     subscribe_logs(bus, writer, settings.logging, level=loglevel)
