@@ -74,6 +74,7 @@ class ConfirmChannel:
         self._leaving: list[_Flight] = []
         self._connection: Any = None
         self._sweeping = False
+        self._opening = False
         self._last_error: BrokerError | None = None
         link.watch(self._up, self._down)
         link.on_unblocked = self._pump
@@ -110,7 +111,8 @@ class ConfirmChannel:
 
     def _open_channel(self) -> None:
         connection = self._connection
-        if connection is not None and connection.is_open:
+        if connection is not None and connection.is_open and not self._opening:
+            self._opening = True
             connection.channel(on_open_callback=self._opened)
 
     def _opened(self, channel: Channel) -> None:
@@ -123,6 +125,7 @@ class ConfirmChannel:
         )
 
     def _use(self, flight: _Flight) -> None:
+        self._opening = False
         if self._flight is not None:
             self._leaving.append(self._flight)
             self._close_when_empty(self._flight)
@@ -137,6 +140,7 @@ class ConfirmChannel:
 
     def _down(self, error: BrokerError | None) -> None:
         self._connection = None
+        self._opening = False
         self._last_error = error
         for flight in self._flights():
             self._send_again(flight)

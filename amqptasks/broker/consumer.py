@@ -87,6 +87,7 @@ class Consumer:
         self._channel: Any = None
         self._consumer_tag: str | None = None
         self._generation = 0
+        self._opening = False
         self._stopping = False
 
     @property
@@ -97,17 +98,17 @@ class Consumer:
     @property
     def is_open(self) -> bool:
         """Whether there is a channel, or one is being opened."""
-        return self._channel is not None
+        return self._channel is not None or self._opening
 
     def open(self, connection: pika.connection.Connection) -> None:
-        """Consume on a channel of this connection."""
-        self._channel = None
-        self._consumer_tag = None
-        if not self._stopping:
+        """Consume on a channel of this connection, unless one is open or being opened."""
+        if not self._stopping and not self.is_open:
+            self._opening = True
             connection.channel(on_open_callback=self._opened)
 
     def connection_lost(self, reason: str) -> None:
         """The link went down: every delivery of this epoch is the broker's again."""
+        self._opening = False
         if self._channel is not None:
             self._lost(reason, missing=False)
 
@@ -158,6 +159,7 @@ class Consumer:
     # -- channel --------------------------------------------------------------------------------------------------
 
     def _opened(self, channel: Channel) -> None:
+        self._opening = False
         self.epoch += 1
         self._channel = channel
         channel.add_on_close_callback(self._closed)
