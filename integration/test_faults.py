@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from amqptasks.broker.wire import EncodedProperties
+from amqptasks.testing.management import Management
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
@@ -67,13 +68,17 @@ def test_a_thousand_tasks_survive_workers_killed_at_random(bench: Bench) -> None
 def test_an_executor_that_dies_is_replaced_and_its_connection_lives_on(bench: Bench) -> None:
     app = bench.client()
     worker = bench.worker("default", "-c", "2")
-    connections = {one["name"] for one in bench.vhost.management.connections() if "consume" in str(one)}
+
+    def consuming() -> set[str]:
+        return {one["name"] for one in bench.vhost.management.connections() if "consume" in str(one)}
+
+    connections = wait_until(consuming, 10, "the management API knows the connection")
     before = {process.pid for process in worker.executors()}
     for process in worker.executors():
         kill(process)
     wait_until(lambda: len({p.pid for p in worker.executors()} - before) == 2, 15, "two new executors")
     bench.wait_done({bench.send(app, "note")})
-    assert connections == {one["name"] for one in bench.vhost.management.connections() if "consume" in str(one)}
+    assert consuming() == connections
 
 
 def test_a_leader_that_dies_is_replaced_and_its_executors_die_with_it(bench: Bench) -> None:
@@ -324,3 +329,20 @@ def test_unknown_tasks_wait_in_the_dead_letter_queue_without_a_hot_loop(bench: B
     leader.cpu_percent()
     time.sleep(1.0)
     assert leader.cpu_percent() < 5
+
+
+def test_consuming_goes_on_under_an_alarm(node: PrivateNode, bench: Bench) -> None:
+    bench.settings["broker"]["url"] = node.url
+    app = bench.client()
+    ids = {bench.send(app, "note", 0.5) for _ in range(6)}
+    failing = bench.send(app, "fails")
+    node.rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
+    worker = bench.worker("default", "-c", "2")
+    bench.wait_done(ids)
+    management = Management(node.management_url)
+    # The failed task's dead letter cannot be published yet, so it alone is still held.
+    wait_until(lambda: management.counts("default") == (0, 1), 10, "all but one are acknowledged")
+    node.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
+    wait_until(lambda: management.counts("default") == (0, 0), 20, "and that one when the alarm is over")
+    assert management.messages("default.dlq")[0]["properties"]["correlation_id"] == failing
+    assert worker.stop() == 0
