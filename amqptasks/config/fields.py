@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
@@ -38,6 +39,14 @@ def _one_or_many(value: object) -> object:
 def _amqp_url(value: str) -> str:
     if not value.startswith(("amqp://", "amqps://")):
         raise ValueError("a broker URL begins with amqp:// or amqps://")
+    try:
+        _ = urlsplit(value).port
+    except ValueError:
+        # The text of the error may hold a piece of the password.
+        raise ValueError(
+            "the URL's host or port cannot be read (a port is a number up to 65535); write special characters of user "
+            "name and password in percent notation (`/` is %2F, `@` is %40, `:` is %3A)"
+        ) from None
     return value
 
 

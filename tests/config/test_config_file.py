@@ -216,6 +216,8 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
         ("result: {backend: rdis://}", "result.backend: 'rdis://' is no result backend; did you mean redis://?"),
         ("result: {backend: none://}", "result.backend: 'none://' is no result backend"),
         ("broker: {url: 'http://h'}", "broker.url: a broker URL begins with amqp:// or amqps://"),
+        ("broker: {url: 'amqp://u:pa/ss@h/'}", "broker.url: the URL's host or port cannot be read (a port is a number"),
+        ("broker: {url: ['amqp://h', 'amqp://h:70000/']}", "broker.url[1]: the URL's host or port cannot be read"),
         ("broker: {url: []}", "broker.url: must not be empty"),
         ("worker: {grace_period: .inf}", "worker.grace_period: must be a finite number, not inf"),
         ("broker: {heartbeat: 0}", "broker.heartbeat: must be greater than or equal to 1, not 0"),
@@ -299,6 +301,8 @@ def test_all_problems_are_listed_one_a_line(problems):
 def test_no_error_shows_a_secret(problems):
     (problem,) = problems("sentry: {dsn: [https://secret@sentry.example/1]}")
     assert problem == "app.yaml:1: sentry.dsn: must be a valid string"
+    (problem,) = problems("broker: {url: 'amqp://u:hid/den@h/'}")
+    assert not any(part in problem for part in ("hid/", "den@"))
     (problem,) = problems("result: {backend: [redis://:hidden@h]}\n")
     assert "hidden" not in problem
     (problem,) = problems("broker: {management_url: 5, url: 'http://u:hidden@h/'}")[1:]
