@@ -7,49 +7,41 @@ arrive twice, it is not lost (RabbitMQ, "Publisher Confirms").
 
 from __future__ import annotations
 
+import math
 import random
-import re
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from pika.channel import Channel
-from pika.exceptions import ChannelClosedByBroker
+from pika.exceptions import ChannelClosedByBroker, ChannelWrongStateError, ConnectionWrongStateError
 
+from amqptasks.broker import verdicts
+from amqptasks.broker.deadlines import Deadlines
+from amqptasks.broker.flight import Flight
 from amqptasks.broker.link import Link
-from amqptasks.broker.pending import Declarer, Pending
+from amqptasks.broker.pending import Pending
 from amqptasks.broker.wire import EncodedProperties
-from amqptasks.errors import (
-    AccessRefused,
-    AmqpTasksError,
-    BrokerBlocked,
-    BrokerError,
-    BrokerUnreachable,
-    Nacked,
-    PublishError,
-    PublishTimeout,
-    Unroutable,
-)
+from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerError, PublishError, Unroutable
 from amqptasks.message import Envelope
 
-__all__ = ["ConfirmChannel"]
+__all__ = ["ConfirmChannel", "Declarer"]
 
-_SWEEP_SECONDS = 0.05
-_EXCHANGE = re.compile(r"exchange '([^']*)'")
-_SIZES = re.compile(r"message size (\d+) is larger than (?:configured )?max(?:imum)? (?:allowed )?size (\d+)")
+#: At most so often a refused message brings a new channel.
+_RENEW_SECONDS = 0.5
+#: A node that owes confirms for so long, while so many deadlines passed, is left for the next one.
+_SILENCE_SECONDS, _SILENCE_DEADLINES = 5.0, 3
 
 
-class _Flight:
-    """One channel, and what is unconfirmed on it."""
+class Declarer(Protocol):
+    """Declares the topology when something of it turns out to be missing."""
 
-    __slots__ = ("channel", "confirmed", "tag", "unconfirmed")
+    def knows(self, exchange: str, routing_key: str | None) -> bool:
+        """Whether exchange and routing key (None for any) belong to the topology."""
 
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
-        self.tag = 0
-        self.unconfirmed: dict[int, Pending] = {}
-        self.confirmed = 0
+    def declare(self, then: Callable[[AmqpTasksError | None], None]) -> None:
+        """Declare, without blocking; `then` is called on the loop's thread, with what went wrong."""
 
 
 class ConfirmChannel:
@@ -66,17 +58,37 @@ class ConfirmChannel:
     ) -> None:
         self._link = link
         self._window = window
-        self._blocked_timeout = blocked_timeout
         self._declarer = declarer
         self._queue: deque[Pending] = deque()
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         #: Channels that were replaced, and still wait for confirms.
-        self._leaving: list[_Flight] = []
+        self._leaving: list[Flight] = []
         self._connection: Any = None
-        self._sweeping = False
         self._opening = False
+        #: A channel that is open, and waits for confirm.select-ok.
+        self._fresh: Flight | None = None
+        self._renewed_at = 0.0
+        #: So many at the head of the queue go one by one: with one of them the broker closed the channel.
+        self._suspects = 0
+        #: Refused messages between two attempts, each with what it was told.
+        self._resting: dict[Pending, PublishError] = {}
+        #: Messages that wait for the topology to be declared, each with what it was told.
+        self._declaring: dict[Pending, Unroutable] = {}
+        #: When a waiting message counts its next failed connection: attempts that others ask for cost it nothing.
+        self._next_count: dict[Pending, float] = {}
+        self._deadlines = Deadlines(
+            link.loop,
+            blocked_timeout=math.inf if blocked_timeout is None else blocked_timeout,
+            blocked_since=lambda: link.blocked_since,
+            waiting=self._all,
+            expire=self._expire,
+            swept=self._swept,
+        )
+        self._heard = 0.0
+        self._late_sweeps = 0
         self._last_error: BrokerError | None = None
         link.watch(self._up, self._down)
+        link.on_blocked = self._deadlines.plan_blocked
         link.on_unblocked = self._pump
 
     def publish(
@@ -88,25 +100,43 @@ class ConfirmChannel:
     def submit(self, *pending: Pending) -> None:
         """Publish these in order; each one's `done` is called once."""
         self._queue.extend(pending)
-        if not self._sweeping and any(one.deadline is not None for one in pending):
-            self._sweeping = True
-            self._link.loop.call_later(_SWEEP_SECONDS, self._sweep)
+        for one in pending:
+            if one.deadline is not None and one.deadline < self._deadlines.due:
+                self._deadlines.plan(one.deadline)
         if self._flight is None:
-            self._link.connect_now()
+            self._link.connect_within(0.0)
+        elif self._link.blocked_since is not None:
+            self._deadlines.plan_blocked()
         self._pump()
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is unconfirmed."""
-        return not self._queue and not any(flight.unconfirmed for flight in self._flights())
+        return all(one.done is None for one in self._all())
 
-    def _flights(self) -> list[_Flight]:
+    def fail_all(self, reason: str, *others: Pending) -> None:
+        """Nothing more will be published: say so to everybody who waits, and to these others."""
+        for pending in [*self._all(), *others]:
+            text = "the message may or may not have been taken" if pending.sent else "the message was not published"
+            self._finish(pending, PublishError(f"{text}: {reason}", sent=pending.sent))
+
+    def _flights(self) -> list[Flight]:
         return [*self._leaving, *([self._flight] if self._flight is not None else [])]
+
+    def _all(self) -> Iterator[Pending]:
+        for flight in self._flights():
+            yield from flight.unconfirmed.values()
+        yield from self._resting
+        yield from self._declaring
+        yield from self._queue
 
     # -- connection, channel --------------------------------------------------------------------------------------
 
     def _up(self, connection: Any) -> None:
         self._connection = connection
+        self._heard, self._late_sweeps = time.monotonic(), 0
+        self._next_count.clear()
+        self._opening = False
         self._open_channel()
 
     def _open_channel(self) -> None:
@@ -116,23 +146,23 @@ class ConfirmChannel:
             connection.channel(on_open_callback=self._opened)
 
     def _opened(self, channel: Channel) -> None:
-        flight = _Flight(channel)
+        self._fresh = flight = Flight(channel)
         channel.add_on_close_callback(lambda _channel, reason: self._closed(flight, reason))
-        channel.add_on_return_callback(lambda _channel, method, props, _body: self._returned(flight, method, props))
+        channel.add_on_return_callback(lambda _channel, method, props, _body: flight.returned(method, props))
         channel.confirm_delivery(
             ack_nack_callback=lambda frame: self._confirmed(flight, frame.method),
             callback=lambda _frame: self._use(flight),
         )
 
-    def _use(self, flight: _Flight) -> None:
-        self._opening = False
+    def _use(self, flight: Flight) -> None:
+        self._opening, self._fresh = False, None
         if self._flight is not None:
             self._leaving.append(self._flight)
             self._close_when_empty(self._flight)
         self._flight = flight
         self._pump()
 
-    def _close_when_empty(self, flight: _Flight) -> None:
+    def _close_when_empty(self, flight: Flight) -> None:
         if flight in self._leaving and not flight.unconfirmed:
             self._leaving.remove(flight)
             if flight.channel.is_open:
@@ -140,63 +170,84 @@ class ConfirmChannel:
 
     def _down(self, error: BrokerError | None) -> None:
         self._connection = None
-        self._opening = False
+        self._opening, self._fresh = False, None
         self._last_error = error
-        for flight in self._flights():
-            self._send_again(flight)
+        for flight in reversed(self._flights()):
+            self._send_again(flight.unconfirmed.values())
+            flight.unconfirmed = {}
         self._leaving.clear()
         self._flight = None
         if error is None:
             return
+        now = time.monotonic()
+        counted, self._next_count = self._next_count, {}
         waiting, self._queue = self._queue, deque()
-        for pending in waiting:
-            # A refused password or virtual host does not heal by waiting; a node that is down may.
-            if pending.deadline is not None and (isinstance(error, AccessRefused) or not pending.try_again()):
-                self._fail(pending, PublishError(f"the message was not published: {error}", sent=pending.sent), error)
-            else:
-                self._queue.append(pending)
+        self._queue.extend(one for one in waiting if self._goes_on(one, error, now, counted))
+        if self._next_count:
+            self._link.connect_within(min(self._next_count.values()) - now)
 
-    def _send_again(self, flight: _Flight) -> None:
-        self._queue.extendleft(reversed(flight.unconfirmed.values()))
-        flight.unconfirmed = {}
+    def _goes_on(self, pending: Pending, error: BrokerError, now: float, counted: dict[Pending, float]) -> bool:
+        """Whether a message waits for another connection; else it has failed."""
+        if pending.done is None:
+            return False
+        if pending.deadline is None:
+            return True
+        once = pending.sent and pending.policy is not None and pending.policy.max_retries == 0
+        # A refused password or virtual host does not heal by waiting; a node that is down may.
+        if not isinstance(error, AccessRefused):
+            if not (self._link.round_over or once):
+                return True
+            due = counted.get(pending, 0.0)
+            if due > now or pending.try_again():
+                self._next_count[pending] = due if due > now else now + pending.pause()
+                return True
+        self._finish(pending, verdicts.lost(error, sent=pending.sent))
+        return False
 
-    def _closed(self, flight: _Flight, reason: Exception) -> None:
+    def _send_again(self, again: Any) -> None:
+        self._queue.extendleft(reversed([pending for pending in again if pending.done is not None]))
+
+    def _closed(self, flight: Flight, reason: Exception) -> None:
+        unconfirmed, flight.unconfirmed = flight.unconfirmed, {}
         current = flight is self._flight
         if current:
             self._flight = None
         elif flight in self._leaving:
             self._leaving.remove(flight)
         if not isinstance(reason, ChannelClosedByBroker):
-            self._send_again(flight)
+            self._send_again(unconfirmed.values())
             return
-        unconfirmed, flight.unconfirmed = flight.unconfirmed, {}
-        again = [pending for pending in unconfirmed.values() if not self._blamed(pending, reason)]
-        self._queue.extendleft(reversed(again))
+        self._find_culprit([one for one in unconfirmed.values() if one.done is not None], reason)
         if current:
             self._open_channel()
+        elif flight is self._fresh:  # closed before it could be used
+            self._opening, self._fresh = False, None
+            self._link.loop.call_later(_RENEW_SECONDS, self._open_channel)
 
-    def _blamed(self, pending: Pending, reason: ChannelClosedByBroker) -> bool:
-        """Whether the broker closed the channel because of this message; then it is done."""
-        envelope, text = pending.envelope, str(reason.reply_text)
-        found, sizes = _EXCHANGE.search(text), _SIZES.search(text)
-        if reason.reply_code == 404 and found is not None and found[1] == envelope.exchange:
-            if self._may_declare(pending, None):
-                return False
-            missing = Unroutable(f"the exchange {envelope.exchange!r} does not exist ({text})")
-            self._fail(pending, missing, pending.problem)
-            return True
-        if reason.reply_code == 403 and (found is None or found[1] == envelope.exchange):
-            cause = AccessRefused(text)
-            self._fail(pending, PublishError(f"the broker refused to publish to {envelope.exchange!r}: {text}"), cause)
-            return True
-        if sizes is not None and len(envelope.body) > int(sizes[2]):
-            size = f"the message has {len(envelope.body)} bytes; the broker's limit is {sizes[2]}"
-            self._fail(pending, PublishError(f"{size} (max_message_size)"))
-            return True
-        if not pending.try_again():
-            self._fail(pending, PublishError(f"the broker closed the channel: {text}", sent=True))
-            return True
-        return False
+    def _find_culprit(self, unconfirmed: list[Pending], reason: ChannelClosedByBroker) -> None:
+        """Fail the message that made the broker close the channel; send the others again.
+
+        The broker does not always name it. Then they go one by one, until one of them is alone when it happens again.
+        """
+        code, text = reason.reply_code, str(reason.reply_text)
+        again = []
+        for pending in unconfirmed:
+            error = verdicts.blame(pending.envelope, code, text)
+            if isinstance(error, Unroutable):
+                self._missing(pending, None, error)
+            elif error is not None:
+                self._finish(pending, error)
+            elif len(unconfirmed) > 1:
+                again.append(pending)
+            elif verdicts.is_about_a_message(code):
+                self._finish(pending, verdicts.refused(pending.envelope, text))
+            elif pending.try_again():
+                again.append(pending)
+            else:
+                self._finish(pending, PublishError(f"the broker closed the channel: {text}", sent=True))
+        if len(again) == len(unconfirmed) > 1:
+            self._suspects = max(self._suspects, len(again))
+        self._send_again(again)
 
     # -- out ------------------------------------------------------------------------------------------------------
 
@@ -205,155 +256,129 @@ class ConfirmChannel:
         if flight is None or self._link.blocked_since is not None or not flight.channel.is_open:
             return
         queue, unconfirmed, window = self._queue, flight.unconfirmed, self._window
-        publish = flight.channel.basic_publish
+        if flight.alone:
+            if unconfirmed:
+                return
+            flight.alone = False
+        if self._suspects:
+            window = 1
+        publish, channel, room = flight.channel.basic_publish, flight.channel, flight.room
         while queue and len(unconfirmed) < window:
             pending = queue.popleft()
+            if self._suspects:
+                self._suspects -= 1
+                flight.alone = True
             if pending.done is None:
                 continue
-            envelope = pending.envelope
+            if not unconfirmed:
+                self._heard = time.monotonic()
+            envelope, properties = pending.envelope, pending.properties
+            if len(properties.encode()[0]) > room:
+                self._finish(pending, PublishError(f"the message's headers do not fit a frame of {room} bytes"))
+                continue
+            try:
+                publish(envelope.exchange, envelope.routing_key, envelope.body, properties, envelope.mandatory)
+            except (ChannelWrongStateError, ConnectionWrongStateError):
+                queue.appendleft(pending)
+                return
+            except Exception as error:  # what cannot be written: nothing of it was
+                self._finish(pending, _because(PublishError(f"the message cannot be written: {error}"), error))
+                continue
             flight.tag += 1
-            pending.sent, pending.returned = True, None
             unconfirmed[flight.tag] = pending
-            publish(envelope.exchange, envelope.routing_key, envelope.body, pending.properties, envelope.mandatory)
-            if flight.channel.is_open is False:
+            pending.sent, pending.returned = True, None
+            if not channel.is_open:
                 return
 
     # -- in -------------------------------------------------------------------------------------------------------
 
-    def _confirmed(self, flight: _Flight, method: Any) -> None:
-        unconfirmed, tag = flight.unconfirmed, method.delivery_tag
-        if method.multiple:
-            tags = [one for one in unconfirmed if one <= tag]
-            done = [unconfirmed.pop(one) for one in tags]
-        else:
-            pending = unconfirmed.pop(tag, None)
-            done = [pending] if pending is not None else []
+    def _confirmed(self, flight: Flight, method: Any) -> None:
+        self._heard, self._late_sweeps = time.monotonic(), 0
+        done = flight.settled(method)
         if method.NAME == "Basic.Nack":
             self._nacked(flight, done)
         else:
-            flight.confirmed += len(done)
             for pending in done:
                 if pending.returned is None:
                     self._finish(pending, None)
                 else:
-                    self._unroutable(pending)
+                    envelope = pending.envelope
+                    self._missing(pending, envelope.routing_key, verdicts.unroutable(envelope, pending.returned))
         self._pump()
         if self._leaving:
             self._close_when_empty(flight)
 
-    def _returned(self, flight: _Flight, method: Any, properties: Any) -> None:
-        # basic.return comes before the ack of its message. Of several with one id it is the earliest not yet returned.
-        for pending in flight.unconfirmed.values():
-            envelope = pending.envelope
-            if (
-                pending.returned is None
-                and envelope.correlation_id == properties.correlation_id
-                and envelope.message_id == properties.message_id
-                and envelope.routing_key == method.routing_key
-                and envelope.exchange == method.exchange
-            ):
-                pending.returned = str(method.reply_text)
-                return
-
-    def _unroutable(self, pending: Pending) -> None:
-        envelope = pending.envelope
-        if self._may_declare(pending, envelope.routing_key):
-            self._queue.append(pending)
-            return
-        self._fail(
-            pending,
-            Unroutable(
-                f"no queue takes exchange {envelope.exchange!r} with routing key {envelope.routing_key!r} "
-                f"({pending.returned}). Is the queue declared? `amqptasks routes test <task>` shows the route"
-            ),
-            pending.problem,
-        )
-
-    def _may_declare(self, pending: Pending, routing_key: str | None) -> bool:
-        """Declare what is missing and belongs to the topology, once per message and cause."""
+    def _missing(self, pending: Pending, routing_key: str | None, error: Unroutable) -> None:
+        """Exchange or queue is not there: declare it when it belongs to the topology, once per message and cause."""
         cause = (pending.envelope.exchange, routing_key)
-        if self._declarer is None or pending.declared == cause:
-            return False
+        declarer = self._declarer
+        if pending.done is None or declarer is None or pending.declared == cause or not declarer.knows(*cause):
+            self._finish(pending, _because(error, pending.problem))
+            return
         pending.declared = cause
-        try:
-            return self._declarer(*cause)
-        except AmqpTasksError as error:
-            pending.problem = error
-            return False
+        running = bool(self._declaring)
+        self._declaring[pending] = error
+        if not running:
+            declarer.declare(self._declared)
 
-    def _nacked(self, flight: _Flight, nacked: list[Pending]) -> None:
-        if flight is self._flight and flight.confirmed == 0 and nacked:
-            # A channel whose first publish fell into a leader election of a quorum queue is nacked for ever
+    def _declared(self, problem: AmqpTasksError | None) -> None:
+        waiting, self._declaring = self._declaring, {}
+        if problem is None:
+            self._send_again(list(waiting))
+            self._pump()
+            return
+        for pending, error in waiting.items():
+            self._finish(pending, _because(error, problem))
+
+    def _nacked(self, flight: Flight, nacked: list[Pending]) -> None:
+        now = time.monotonic()
+        if flight is self._flight and nacked and now - self._renewed_at > _RENEW_SECONDS:
+            # A channel whose first message for a quorum queue fell into the election of its leader is nacked for ever
             # (RabbitMQ 3.10); on a new one the same message passes.
+            self._renewed_at = now
             self._open_channel()
         for pending in nacked:
-            envelope = pending.envelope
-            if pending.try_again():
+            error = verdicts.nacked(pending.envelope)
+            if pending.done is not None and pending.try_again():
                 pause = pending.pause() * random.uniform(0.5, 1.0)
+                self._resting[pending] = error
                 self._link.loop.call_later(pause, lambda one=pending: self._resubmit(one))
             else:
-                self._fail(
-                    pending,
-                    Nacked(
-                        f"the broker refused the message for exchange {envelope.exchange!r}, routing key "
-                        f"{envelope.routing_key!r} (basic.nack): the queue is full (max_length), or has no quorum"
-                    ),
-                )
+                self._finish(pending, error)
 
     def _resubmit(self, pending: Pending) -> None:
-        if pending.done is not None:
+        if self._resting.pop(pending, None) is not None and pending.done is not None:
             self._queue.append(pending)
             self._pump()
-
-    # -- done -----------------------------------------------------------------------------------------------------
 
     def _finish(self, pending: Pending, error: PublishError | None) -> None:
         done, pending.done = pending.done, None
         if done is not None:
             done(error)
 
-    def _fail(self, pending: Pending, error: PublishError, cause: BaseException | None = None) -> None:
-        if cause is not None:
-            error.__cause__ = cause
+    # -- deadlines ------------------------------------------------------------------------------------------------
+
+    def _expire(self, pending: Pending) -> None:
+        if self._link.blocked_since is not None:
+            error: PublishError = verdicts.blocked(sent=pending.sent)
+        else:
+            known = self._resting.get(pending) or self._declaring.get(pending)
+            error = verdicts.late(self._link.node, self._last_error, sent=pending.sent) if known is None else known
         self._finish(pending, error)
 
-    def _sweep(self) -> None:
-        """Fail what is past its deadline, or waits under an alarm for too long."""
-        now = time.monotonic()
-        blocked = self._link.blocked_since
-        waiting = False
-        for pending in [*self._queue, *(one for flight in self._flights() for one in flight.unconfirmed.values())]:
-            if pending.done is None or pending.deadline is None:
-                continue
-            waiting = True
-            if (
-                blocked is not None
-                and self._blocked_timeout is not None
-                and now - max(blocked, pending.since) > self._blocked_timeout
-            ):
-                self._fail(
-                    pending,
-                    BrokerBlocked(
-                        "the broker takes no messages (a memory or disk alarm): see `rabbitmq-diagnostics alarms`",
-                        sent=pending.sent,
-                    ),
-                )
-            elif now > pending.deadline:
-                self._fail(pending, self._late(pending))
+    def _swept(self, expired: int) -> None:
         while self._queue and self._queue[0].done is None:
             self._queue.popleft()
-        self._sweeping = waiting
-        if waiting:
-            self._link.loop.call_later(_SWEEP_SECONDS, self._sweep)
+        self._next_count = {one: due for one, due in self._next_count.items() if one.done is not None}
+        if expired and self._connection is not None and self._link.blocked_since is None:
+            self._late_sweeps += 1
+            silence = time.monotonic() - self._heard
+            if self._late_sweeps >= _SILENCE_DEADLINES and silence >= _SILENCE_SECONDS:
+                self._late_sweeps = 0
+                self._link.give_up(f"no confirm for {silence:.0f} s")
 
-    def _late(self, pending: Pending) -> PublishError:
-        if self._link.blocked_since is not None:
-            return BrokerBlocked("the broker takes no messages (a memory or disk alarm)", sent=pending.sent)
-        if pending.sent:
-            return PublishTimeout(
-                "the broker did not confirm the message in time; it may or may not have been taken", sent=True
-            )
-        cause = self._last_error or BrokerUnreachable("no node of the broker answered in time")
-        error = PublishTimeout(f"the message was not published in time: {cause}")
+
+def _because(error: PublishError, cause: BaseException | None) -> PublishError:
+    if cause is not None:
         error.__cause__ = cause
-        return error
+    return error

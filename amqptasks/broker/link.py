@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 import pika
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowAborted
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
+from pika.exceptions import AMQPConnectionError
 
 from amqptasks.broker.failures import translate
+from amqptasks.broker.parameters import node_name
 from amqptasks.errors import BrokerError, BrokerUnreachable
 
 __all__ = ["Link", "new_loop"]
@@ -25,11 +30,21 @@ def new_loop() -> IOLoop:
     return IOLoop()
 
 
-class _Connection(pika.SelectConnection):  # type: ignore[misc]  # pika's modules are untyped here
-    """pika's connection; it can also be closed while it connects.
+class _Services(SelectorIOServicesAdapter):  # type: ignore[misc]  # pika's modules are untyped here
+    """pika's access to the loop; remembers the socket that is connecting, for `Link.abandon`."""
 
-    pika 1.4.4 reports that as an abort, takes the abort (a class, no instance) for a success, and ends the loop with an
-    AssertionError.
+    connecting: socket.socket | None = None
+
+    def connect_socket(self, sock: socket.socket, resolved_addr: Any, on_done: Any) -> Any:
+        self.connecting = sock
+        return super().connect_socket(sock, resolved_addr, on_done)
+
+
+class _Connection(pika.SelectConnection):  # type: ignore[misc]  # pika's modules are untyped here
+    """pika's connection; it can also be closed while it connects, and be dropped without a goodbye.
+
+    pika 1.4.4 reports a close while connecting as an abort, takes the abort (a class, no instance) for a success, and
+    ends the loop with an AssertionError.
     """
 
     def _on_connection_workflow_done(self, conn_or_exc: Any) -> None:
@@ -39,9 +54,13 @@ class _Connection(pika.SelectConnection):  # type: ignore[misc]  # pika's module
         else:
             super()._on_connection_workflow_done(conn_or_exc)
 
+    def drop(self, reason: str) -> None:
+        """End the connection as a missed heartbeat does: nobody answers, so nobody is asked."""
+        self._terminate_stream(AMQPConnectionError(reason))
+
 
 class Link:
-    """Keeps a connection open. All methods belong to the loop's thread.
+    """Keeps a connection open. All methods but `abandon` belong to the loop's thread.
 
     `on_up(connection)` is called when a connection is open; `on_down(error)` when one is lost or an attempt failed,
     with None after `close`. Nodes are tried in a random order, one after the other, before a pause; pauses grow with
@@ -50,16 +69,20 @@ class Link:
 
     def __init__(self, loop: IOLoop, parameters: list[pika.ConnectionParameters]) -> None:
         self.loop = loop
+        self._services = _Services(loop)
         self._nodes = random.sample(parameters, len(parameters))
         self._node = 0
         self._failures = 0
-        self._connection: pika.SelectConnection | None = None
+        self._failed_at = 0.0
+        self._connection: _Connection | None = None
         self._timer: Any = None
+        self._due = 0.0
         self._up_at = 0.0
         self._wanted = False
         self._watchers: list[tuple[Callable[[Any], None], Callable[[BrokerError | None], None]]] = []
         #: `time.monotonic` of the broker's connection.blocked; None while it takes messages.
         self.blocked_since: float | None = None
+        self.on_blocked: Callable[[], None] = lambda: None
         self.on_unblocked: Callable[[], None] = lambda: None
 
     def watch(self, on_up: Callable[[Any], None], on_down: Callable[[BrokerError | None], None]) -> None:
@@ -71,18 +94,35 @@ class Link:
         """Whether a connection exists, be it open, opening or closing."""
         return self._connection is not None
 
+    @property
+    def round_over(self) -> bool:
+        """Whether every node was tried since the last pause."""
+        return self._failures % len(self._nodes) == 0
+
+    @property
+    def node(self) -> str:
+        """The node that is connected, or tried next, as ``host:port/vhost``."""
+        return node_name(self._nodes[self._node])
+
     def open(self) -> None:
         """Connect, and keep connected until `close`."""
         self._wanted = True
         if self._connection is None and self._timer is None:
             self._connect()
 
-    def connect_now(self) -> None:
-        """Do not wait for the end of a pause: somebody wants to publish."""
-        if self._timer is not None:
+    def connect_within(self, seconds: float) -> None:
+        """Somebody wants to publish: shorten the pause that is on, if there is one, to this.
+
+        Never to less than the first pause after a failure, however many ask: a broker that starts is not helped by a
+        thousand attempts a second.
+        """
+        if self._timer is None:
+            return
+        now = time.monotonic()
+        due = max(now + seconds, self._failed_at + _PAUSE_FIRST)
+        if due < self._due:
             self.loop.remove_timeout(self._timer)
-            self._timer = None
-            self._connect()
+            self._connect_at(now, due)
 
     def close(self) -> None:
         """Close the connection and stay closed."""
@@ -94,7 +134,28 @@ class Link:
         if connection is not None and not (connection.is_closing or connection.is_closed):
             connection.close()
 
+    def give_up(self, reason: str) -> None:
+        """The node is silent: drop the connection, and go on with the next node."""
+        if self._connection is not None and not self._connection.is_closed:
+            self._connection.drop(reason)
+
+    def abandon(self) -> None:
+        """Close the socket as a Python object, from any thread, when the loop will not turn again.
+
+        So in a forked child, where the connection is the parent's: no AMQP goodbye, no TLS goodbye, nothing asked of
+        the loop, whose epoll instance is the parent's too.
+        """
+        connected = getattr(getattr(self._connection, "_transport", None), "_sock", None)
+        for inherited in (connected, self._services.connecting):
+            if inherited is not None:
+                with contextlib.suppress(OSError):
+                    inherited.close()
+
     # -- attempts -------------------------------------------------------------------------------------------------
+
+    def _connect_at(self, now: float, due: float) -> None:
+        self._due = due
+        self._timer = self.loop.call_later(max(0.0, due - now), self._connect)
 
     def _connect(self) -> None:
         self._timer = None
@@ -105,12 +166,12 @@ class Link:
                 on_open_callback=self._opened,
                 on_open_error_callback=lambda connection, error: self._lost(connection, error, parameters),
                 on_close_callback=lambda connection, error: self._lost(connection, error, parameters),
-                custom_ioloop=self.loop,
+                custom_ioloop=self._services,
             )
         except Exception as error:  # an address that cannot even be tried
             self._again(translate(error, parameters))
 
-    def _opened(self, connection: pika.SelectConnection) -> None:
+    def _opened(self, connection: _Connection) -> None:
         if not self._wanted:
             connection.close()
             return
@@ -123,6 +184,7 @@ class Link:
 
     def _blocked(self, _connection: object, _method: object) -> None:
         self.blocked_since = time.monotonic()
+        self.on_blocked()
 
     def _unblocked(self, _connection: object, _method: object) -> None:
         self.blocked_since = None
@@ -146,11 +208,12 @@ class Link:
         self._connection = None
         self._node = (self._node + 1) % len(self._nodes)
         self._failures += 1
+        self._failed_at = now = time.monotonic()
         rounds = (self._failures - 1) // len(self._nodes)
-        if isinstance(error, BrokerUnreachable) and self._failures % len(self._nodes):
+        if isinstance(error, BrokerUnreachable) and not self.round_over:
             pause = 0.0  # the next node at once
         else:
             pause = random.uniform(_PAUSE_FIRST, min(_PAUSE_MAX, _PAUSE_FIRST * 2.0 ** min(rounds + 1, 10)))
-        self._timer = self.loop.call_later(pause, self._connect)
+        self._connect_at(now, now + pause)
         for _, on_down in self._watchers:
             on_down(error)

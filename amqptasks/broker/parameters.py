@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from urllib.parse import quote, urlencode, urlsplit
 
 import pika
 
@@ -10,7 +11,7 @@ from amqptasks import __version__
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import ConfigError
 
-__all__ = ["connection_parameters", "node_name"]
+__all__ = ["aio_url", "connection_parameters", "node_name"]
 
 
 def connection_parameters(
@@ -28,11 +29,7 @@ def connection_parameters(
     limit = timeout or settings.connection_timeout
     result = []
     for url in settings.url:
-        try:
-            # `amqp://host//` is Celery's way to write the default virtual host.
-            parameters = pika.URLParameters(url[:-2] + "/%2F" if url.endswith("//") and url.count("//") == 2 else url)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"broker.url: not an AMQP URL: {error}") from None
+        parameters = _parse(url)
         parameters.heartbeat = settings.heartbeat
         parameters.connection_attempts = 1
         parameters.socket_timeout = limit
@@ -48,6 +45,33 @@ def connection_parameters(
             parameters.ssl_options = _tls(settings, parameters.host)
         result.append(parameters)
     return result
+
+
+def _parse(url: str) -> pika.URLParameters:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        # The text of the error may hold a piece of the password.
+        raise ConfigError(
+            "broker.url: the port is not a number; write special characters of user name and password in percent "
+            "notation (`/` is %2F, `@` is %40, `:` is %3A)"
+        ) from None
+    try:
+        # `amqp://host//` is Celery's way to write the default virtual host.
+        return pika.URLParameters(url[:-2] + "/%2F" if url.endswith("//") and url.count("//") == 2 else url)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"broker.url: not an AMQP URL: {error}") from None
+
+
+def aio_url(parameters: pika.ConnectionParameters) -> str:
+    """The same node, user, virtual host and TLS as a URL for aio-pika: one reading of the settings for both clients."""
+    secure = parameters.ssl_options is not None
+    credentials = parameters.credentials
+    user, password = quote(credentials.username, safe=""), quote(credentials.password, safe="")
+    host = f"[{parameters.host}]" if ":" in parameters.host else parameters.host
+    query = urlencode({"heartbeat": parameters.heartbeat})
+    vhost = quote(parameters.virtual_host, safe="")
+    return f"{'amqps' if secure else 'amqp'}://{user}:{password}@{host}:{parameters.port}/{vhost}?{query}"
 
 
 def _tls(settings: BrokerSettings, host: str) -> pika.SSLOptions:

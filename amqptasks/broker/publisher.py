@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -16,22 +17,26 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from amqptasks.broker import verdicts
 from amqptasks.broker.confirms import ConfirmChannel
 from amqptasks.broker.link import Link, new_loop
 from amqptasks.broker.parameters import connection_parameters
 from amqptasks.broker.pending import Pending
 from amqptasks.broker.pending import retry_policy as policy_of
-from amqptasks.broker.wire import encode_properties
+from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config import BrokerSettings
-from amqptasks.errors import PublishError, PublishTimeout
+from amqptasks.errors import AmqpTasksError, BrokerError, PublishError, PublishTimeout, SerializationError
 from amqptasks.message import Envelope
 
 __all__ = ["Publisher"]
 
+logger = logging.getLogger(__name__)
 #: After its deadline a caller gives the I/O thread so long to say what went wrong.
 _LAST_WORD = 0.25
 _DECLARE_PAUSE = 5.0
 _EXIT_SECONDS = 1.0
+#: Of the time to close, what the AMQP goodbye gets at least.
+_GOODBYE_SECONDS = 0.3
 _CHUNK = 256
 
 
@@ -46,18 +51,28 @@ class _Io:
             self.link,
             window=settings.confirm_window,
             blocked_timeout=settings.blocked_timeout,
-            declarer=publisher.declare_for,
+            declarer=_Declarer(publisher, self.loop),
         )
         self.inbox: deque[Pending] = deque()
         self.scheduled = False
         self.stopping = False
+        #: Why nothing is published any more; None while the thread runs.
+        self.ended: str | None = None
         self.thread = threading.Thread(target=self._run, name="amqptasks-publisher", daemon=True)
 
     def _run(self) -> None:
+        why = "the publisher was closed"
         try:
             self.link.open()
             self.loop.start()
+        except Exception as error:  # callers must not wait for a thread that is gone
+            why = f"the publisher's thread failed: {error!r}"
+            logger.exception("The publisher's thread failed; the next publish starts another")
         finally:
+            self.stopping, self.ended = True, why
+            # First the flag, then the inbox: who comes in between sees the flag.
+            self.confirms.fail_all(why, *[self.inbox.popleft() for _ in range(len(self.inbox))])
+            self.link.abandon()
             self.loop.close()
 
     def put(self, pending: Sequence[Pending]) -> None:
@@ -76,12 +91,16 @@ class _Io:
             self.confirms.submit(*taken)
 
     def stop(self, deadline: float) -> None:
-        """From another thread: close and end the loop, by `deadline` at the latest."""
+        """From another thread: wait for the confirms, close and end the loop, by `deadline` at the latest."""
         self.stopping = True
+        goodbye = max(time.monotonic(), deadline - _GOODBYE_SECONDS)
 
-        def close() -> None:
-            self.link.close()
-            wait()
+        def settle() -> None:
+            if self.link.is_open and time.monotonic() < goodbye and (self.inbox or not self.confirms.idle):
+                self.loop.call_later(0.01, settle)
+            else:
+                self.link.close()
+                wait()
 
         def wait() -> None:
             if self.link.is_open and time.monotonic() < deadline:
@@ -89,8 +108,43 @@ class _Io:
             else:
                 self.loop.stop()
 
-        self.loop.add_callback_threadsafe(close)
-        self.thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
+        if self.ended is None:
+            self.loop.add_callback_threadsafe(settle)
+            self.thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
+
+
+class _Declarer:
+    """Declares the topology beside the I/O thread: a slow declaration must not hold up confirms and heartbeats."""
+
+    def __init__(self, publisher: Publisher, loop: Any) -> None:
+        self._publisher = publisher
+        self._loop = loop
+        self._declared_at: float | None = None
+
+    def knows(self, exchange: str, routing_key: str | None) -> bool:
+        """Whether the route belongs to the topology."""
+        knows_route = self._publisher.knows_route
+        return self._publisher.declare is not None and knows_route is not None and knows_route(exchange, routing_key)
+
+    def declare(self, then: Callable[[AmqpTasksError | None], None]) -> None:
+        """Declare, at most every 5 s, and call `then` on the loop's thread."""
+        if self._declared_at is not None and time.monotonic() - self._declared_at < _DECLARE_PAUSE:
+            self._loop.call_later(0, lambda: then(None))
+        else:
+            threading.Thread(target=self._run, args=(then,), name="amqptasks-declare", daemon=True).start()
+
+    def _run(self, then: Callable[[AmqpTasksError | None], None]) -> None:
+        problem: AmqpTasksError | None = None
+        try:
+            assert self._publisher.declare is not None
+            self._publisher.declare()
+            self._declared_at = time.monotonic()
+        except AmqpTasksError as error:
+            problem = error
+        except Exception as error:
+            logger.exception("The topology could not be declared")
+            problem = BrokerError(f"the topology could not be declared: {error!r}")
+        self._loop.add_callback_threadsafe(lambda: then(problem))
 
 
 class Publisher:
@@ -113,9 +167,9 @@ class Publisher:
     ) -> None:
         self.settings = settings
         self.name = f"{name}/publisher"
-        self._declare = declare
-        self._knows_route = knows_route
-        self._declared_at: float | None = None
+        self.declare = declare
+        self.knows_route = knows_route
+        self._policy = policy_of(settings.publish_retry, None, retry=True)
         self._lock = threading.Lock()
         self._io: _Io | None = None
         _publishers.add(self)
@@ -138,7 +192,7 @@ class Publisher:
         Raises:
             Unroutable, Nacked, BrokerBlocked, PublishTimeout: see there.
             PublishError: no connection; its ``__cause__`` tells why (`BrokerUnreachable`, `AccessRefused`).
-            SerializationError: a header cannot be encoded.
+            SerializationError: a header or the address cannot be encoded.
         """
         error = self._publish([envelope], timeout, retry, retry_policy)[0]
         if error is not None:
@@ -160,7 +214,7 @@ class Publisher:
         retry: bool,
         given: Mapping[str, Any] | None,
     ) -> list[PublishError | None]:
-        policy = policy_of(self.settings.publish_retry, given, retry=retry)
+        policy = self._policy if retry and not given else policy_of(self.settings.publish_retry, given, retry=retry)
         deadline = time.monotonic() + (self.settings.publish_timeout if timeout is None else timeout)
         outcomes: list[PublishError | None] = [None] * len(envelopes)
         left = len(envelopes)
@@ -181,17 +235,22 @@ class Publisher:
 
         # All are encoded before the first is sent: one that cannot be written must not leave half of them published.
         pending = [
-            Pending(envelope, encode_properties(envelope), finished(index), deadline=deadline, policy=policy)
+            Pending(envelope, _encoded(envelope), finished(index), deadline=deadline, policy=policy)
             for index, envelope in enumerate(envelopes)
         ]
         io = self._running()
         for start in range(0, len(pending), _CHUNK):
             io.put(pending[start : start + _CHUNK])
-        if not gate.acquire(timeout=max(0.0, deadline - time.monotonic()) + _LAST_WORD):
+        left_for_it = max(0.0, deadline - time.monotonic()) if io.ended is None else 0.0
+        if not gate.acquire(timeout=left_for_it + _LAST_WORD):
             for index, one in enumerate(pending):
                 if one.done is not None:
                     one.done = None
-                    outcomes[index] = PublishTimeout("the broker did not answer in time", sent=one.sent)
+                    outcomes[index] = (
+                        PublishTimeout("the broker did not answer in time", sent=one.sent)
+                        if io.ended is None
+                        else PublishError(f"the message was not published: {io.ended}", sent=one.sent)
+                    )
         return outcomes
 
     def _running(self) -> _Io:
@@ -200,42 +259,33 @@ class Publisher:
             return io
         with self._lock:
             if self._io is None or self._io.stopping:
-                self._io = _Io(self)
-                self._io.thread.start()
+                started = _Io(self)
+                started.thread.start()
+                self._io = started
             return self._io
 
-    def declare_for(self, exchange: str, routing_key: str | None) -> bool:
-        """On the I/O thread: declare the topology when the route belongs to it, at most every 5 s."""
-        if self._declare is None or self._knows_route is None or not self._knows_route(exchange, routing_key):
-            return False
-        now = time.monotonic()
-        if self._declared_at is None or now - self._declared_at > _DECLARE_PAUSE:
-            self._declare()
-            self._declared_at = time.monotonic()
-        return True
-
     def close(self, timeout: float = _EXIT_SECONDS) -> None:
-        """Close the connection. The next publish opens another."""
+        """Wait for confirms that are due, and close the connection. The next publish opens another."""
         with self._lock:
             io, self._io = self._io, None
         if io is not None:
             io.stop(time.monotonic() + timeout)
 
     def _forget(self) -> None:
-        """In a forked child: the connection is the parent's."""
+        """In a forked child: the connection is the parent's, and so is what waits for its confirms."""
         io, self._io = self._io, None
         self._lock = threading.Lock()
-        if io is None:
-            return
-        # Closed as a Python object: no AMQP goodbye, no TLS goodbye, nothing that the parent's broker would see. The
-        # rest is kept, so that no collector closes descriptors whose numbers are used anew.
-        _abandoned.append(io)
-        connection = getattr(io.link, "_connection", None)
-        transport = getattr(connection, "_transport", None)
-        inherited = getattr(transport, "_sock", None)
-        if inherited is not None:
-            with contextlib.suppress(OSError):
-                inherited.close()
+        if io is not None:
+            # The rest is kept, so that no collector closes descriptors whose numbers are used anew.
+            _abandoned.append(io)
+            io.link.abandon()
+
+
+def _encoded(envelope: Envelope) -> EncodedProperties:
+    problem = verdicts.too_long(envelope)
+    if problem is not None:
+        raise SerializationError(problem)
+    return encode_properties(envelope)
 
 
 _publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
@@ -248,8 +298,10 @@ def _after_fork_in_child() -> None:
 
 
 def _at_exit() -> None:
+    deadline = time.monotonic() + _EXIT_SECONDS
     for publisher in list(_publishers):
-        publisher.close()
+        with contextlib.suppress(Exception):  # nothing to tell anybody any more
+            publisher.close(max(0.0, deadline - time.monotonic()))
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
