@@ -293,7 +293,7 @@ class WorkerSettings(_Model):
     grace_period: Seconds = Field(30.0, description="Time that running tasks get to finish at shutdown.")
     http: str | None = Field(None, description="Address of the health and metrics server.")
     pool: PoolName = Field("process", description="process, asyncio or solo; prefork is process.")
-    concurrency: Count | None = Field(None, description="Tasks at once per queue; by default the CPU cores.")
+    concurrency: Count | None = Field(None, description="Tasks at once per queue; by default the usable CPU cores.")
     poison_limit: Count = Field(
         3, description="Executors that one message may cost before it is dead-lettered as poison."
     )

@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Literal
 
 from amqptasks.config import Settings
 from amqptasks.errors import ConfigError
 
-__all__ = ["GroupPlan", "plan_groups"]
+__all__ = ["GroupPlan", "plan_groups", "usable_cores"]
 
 _POOLS = {"process": "process", "prefork": "process", "processes": "process", "solo": "solo", "asyncio": "asyncio"}
 _LATER = {"thread", "threads", "gevent", "eventlet"}
@@ -62,7 +63,7 @@ def plan_groups(
             slots = slots or _ASYNCIO_CONCURRENCY
             processes = min(queue.processes or 1, slots)
         else:
-            slots = slots or os.cpu_count() or 1
+            slots = slots or usable_cores()
             processes = slots
         plans.append(
             GroupPlan(
@@ -92,3 +93,13 @@ def _pool(name: str, queue: str) -> Literal["process", "solo", "asyncio"]:
             f"queue {queue!r}: pool {name!r} is not available in this version; use process, solo or asyncio"
         )
     raise ConfigError(f"queue {queue!r}: pool {name!r} is not known; use process, solo or asyncio")
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those of its affinity, cut to its container's quota (Linux, cgroup v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        limit, period = quota.read_text().split()
+        return max(1, min(cores, int(limit) // int(period)))
+    except (OSError, ValueError):  # no container, or "max": no quota
+        return cores
