@@ -15,14 +15,24 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overlo
 
 from amqptasks.broker.admin import declare
 from amqptasks.broker.aio import AioPublisher
-from amqptasks.broker.publisher import Publisher
-from amqptasks.client import Callee, Client, NamedCallee
+from amqptasks.broker.publisher import Publisher, ReplyTo
+from amqptasks.builtin import builtin_tasks
+from amqptasks.calls import Callee, Calls, NamedCallee
+from amqptasks.canvas import Signature
+from amqptasks.client import Client
 from amqptasks.config import Settings, load_settings
 from amqptasks.errors import ConfigError
+from amqptasks.message import Envelope
 from amqptasks.options import TaskOptions, TaskOptionsArguments, task_options
-from amqptasks.results import AsyncResult
+from amqptasks.protocol.results import decode_result
+from amqptasks.results import AsyncResult as Handle
+from amqptasks.results import GroupResult as GroupHandle
+from amqptasks.results.access import NoResults, Results, StoredResults
+from amqptasks.results.async_result import use_results_of
+from amqptasks.results.inbox import ReplyInbox
+from amqptasks.results.store import ResultStore
+from amqptasks.results.stores import open_store
 from amqptasks.routing import Router
-from amqptasks.signature import Signature
 from amqptasks.task import Task
 from amqptasks.topology import Topology, build_topology
 
@@ -35,6 +45,7 @@ AnyTask = Task[..., Any]
 #: Tasks of `shared_task`: every app has them.
 _shared: dict[str, AnyTask] = {}
 _last_app: AmqpTasks | None = None
+_NONE: Mapping[str, Any] = {}
 
 
 class AmqpTasks:
@@ -69,7 +80,7 @@ class AmqpTasks:
         self._include = list(include)
         self._own: dict[str, AnyTask] = {}
         #: Every task by name: the app's own, and those of `shared_task`.
-        self.tasks: Mapping[str, AnyTask] = ChainMap(self._own, _shared)
+        self.tasks: Mapping[str, AnyTask] = ChainMap(self._own, _shared, self._builtin())
         self._lock = threading.RLock()
         _last_app = self
 
@@ -92,7 +103,7 @@ class AmqpTasks:
             self._config = config
         if broker is not None:
             self._overrides["broker"] = {"url": broker}
-        for name in ("settings", "router", "topology"):
+        for name in ("settings", "router", "topology", "results", "result_store", "calls", "_eager"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -179,31 +190,79 @@ class AmqpTasks:
     # -- calls ----------------------------------------------------------------------------------------------------
 
     @cached_property
+    def calls(self) -> Calls:
+        """Makes the messages of calls."""
+        return Calls(self.settings, self.router, self._callee)
+
+    @cached_property
     def client(self) -> Client:
         """Publishes calls; opens its connection at the first one."""
         with self._lock:
             settings = self.settings
             common: dict[str, Any] = {"declare": self.declare, "knows_route": self.topology.routes, "name": self.name}
+            results = self.results
+            inbox = results if isinstance(results, ReplyInbox) else None
+            replies = None
+            if inbox is not None:
+                replies = ReplyTo(lambda body: inbox.receive(decode_result(body)), inbox.gone, settings.result.expires)
             return Client(
-                settings,
-                self.router,
-                Publisher(settings.broker, **common),
+                self.calls,
+                Publisher(settings.broker, **common, replies_to=replies),
                 AioPublisher(settings.broker, **common),
+                results=results,
+                inbox=inbox,
+                eager=self._run_eagerly if settings.testing.always_eager else None,
             )
+
+    def _run_eagerly(self, envelopes: Sequence[Envelope]) -> None:
+        self._eager.run(envelopes)
+
+    @cached_property
+    def _eager(self) -> Any:
+        store = self.result_store if self.settings.testing.store_eager_result else None
+        # What runs tasks: only who asks for it pays for it.
+        eager = importlib.import_module("amqptasks.eager")
+        return eager.Eager(self.settings, self.calls, self.tasks, self.results, store)
+
+    # -- results --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def results(self) -> Results:
+        """Where callers of this process find results. Raises `ConfigError`."""
+        if self.settings.testing.always_eager or self.settings.result.backend.startswith("rpc://"):
+            return ReplyInbox()
+        store = self.result_store
+        return NoResults() if store is None else StoredResults(store)
+
+    @cached_property
+    def result_store(self) -> ResultStore | None:
+        """The store that all processes share; None where results are replies, or are not kept."""
+        result = self.settings.result
+        if result.backend == "none" or result.backend.startswith("rpc://"):
+            return None
+        return open_store(result.backend, expires=result.expires or None)
+
+    def AsyncResult(self, task_id: str) -> Handle[Any]:
+        """The handle of a task by its id."""
+        return Handle(task_id, self.results)
+
+    def GroupResult(self, group_id: str) -> GroupHandle | None:
+        """The handle of a group that `GroupResult.save` kept, or None."""
+        return GroupHandle.restore(group_id, self.results)
 
     def send_task(
         self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> AsyncResult[Any]:
+    ) -> Handle[Any]:
         """Publish a call by name, for a task whose code is not importable here. Options as in `Task.apply_async`."""
         return self.client.send(self._callee(name), args, kwargs or {}, **options)
 
     async def asend_task(
         self, name: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> AsyncResult[Any]:
+    ) -> Handle[Any]:
         """`send_task` for asyncio."""
         return await self.client.asend(self._callee(name), args, kwargs or {}, **options)
 
-    def send_many(self, signatures: Iterable[Signature]) -> list[AsyncResult[Any]]:
+    def send_many(self, signatures: Iterable[Signature]) -> list[Handle[Any]]:
         """Publish many signatures with one pipelined wait for all confirms, in order.
 
         Raises the first `PublishError`, with all of them in its ``failed`` attribute as ``(index, error)``.
@@ -217,20 +276,36 @@ class AmqpTasks:
         """A signature of the task named `task`, that this app sends."""
         return Signature(task, tuple(args), kwargs or {}, options, sender=self)
 
-    def apply_signature(self, signature: Signature, options: Mapping[str, Any]) -> AsyncResult[Any]:
-        """Publish a signature, with `options` on top of its own."""
-        merged = {**signature.options, **options}
-        return self.client.send(self._callee(signature.task), signature.args, signature.kwargs, **merged)
+    def apply_signature(self, signature: Signature, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NONE) -> Any:
+        """Publish a signature of any kind. Returns the handle of its end: an `AsyncResult` or a `GroupResult`."""
+        return self.client.apply(signature, args, kwargs)
+
+    async def aapply_signature(
+        self, signature: Signature, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NONE
+    ) -> Any:
+        """`apply_signature` for asyncio."""
+        return await self.client.aapply(signature, args, kwargs)
 
     def close(self) -> None:
-        """Close the connection of this process, if it was opened."""
+        """Close the connections of this process, if they were opened."""
         if "client" in self.__dict__:
             self.client.close()
+        if "results" in self.__dict__:
+            self.results.close()
 
     async def aclose(self) -> None:
         """Close the connection of this event loop, if it was opened."""
         if "client" in self.__dict__:
             await self.client.aclose()
+
+    def _task_named(self, name: str) -> AnyTask | None:
+        return self.tasks.get(name)
+
+    def _builtin(self) -> dict[str, AnyTask]:
+        made: dict[str, AnyTask] = {}
+        for name, function in builtin_tasks(self._task_named).items():
+            made[name] = Task(function, name=name, options=TaskOptions(max_retries=0), bind=False, host=lambda: self)
+        return made
 
     def _callee(self, name: str) -> Callee:
         return self.tasks.get(name) or NamedCallee(name, TaskOptions().merged(self._options_of(name)))
@@ -282,6 +357,9 @@ def _module_name(module: str, app: str) -> str:
         return str(spec.name).removesuffix(".__main__")
     file = getattr(main, "__file__", None)
     return Path(file).stem if file else app
+
+
+use_results_of(lambda: current_app().results)
 
 
 def find_app(name: str) -> AmqpTasks:

@@ -1,91 +1,75 @@
-"""Calls become messages here: options, route, delay and body, then the confirmed publish."""
+"""Calls are published here, and their handles made."""
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from amqptasks.broker.aio import AioPublisher
 from amqptasks.broker.publisher import Publisher
-from amqptasks.config import Settings
-from amqptasks.errors import ConfigError
+from amqptasks.calls import Callee, Calls, Prepared
+from amqptasks.canvas import Signature, chain, chord, group
+from amqptasks.canvas.plan import expand, freeze, normal
 from amqptasks.message import Envelope
-from amqptasks.options import TaskOptions
-from amqptasks.protocol.compression import mime_type
-from amqptasks.protocol.serializers import serializer as serializer_named
-from amqptasks.protocol.task import TaskHeaders, task_envelope
 from amqptasks.request import current_request
-from amqptasks.results import AsyncResult
-from amqptasks.routing import Router
-from amqptasks.topology.delays import delayed
+from amqptasks.results import AsyncResult, GroupResult, from_handle
+from amqptasks.results.access import Results
+from amqptasks.results.inbox import ReplyInbox
 
-__all__ = ["Callee", "Client", "NamedCallee", "seconds_until"]
-
-
-class Callee(Protocol):
-    """What is called: a task, or only its name."""
-
-    @property
-    def name(self) -> str:
-        """The task's name."""
-
-    @property
-    def options(self) -> TaskOptions:
-        """The options that apply to the call."""
-
-    @property
-    def validate(self) -> Callable[..., tuple[Sequence[Any], Mapping[str, Any]]]:
-        """Checks and converts arguments."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedCallee:
-    """A task known by its name only (`send_task`): its arguments are checked at the worker."""
-
-    name: str
-    options: TaskOptions = field(default_factory=TaskOptions)
-
-    @property
-    def validate(self) -> Callable[..., tuple[Sequence[Any], Mapping[str, Any]]]:
-        """Takes any arguments."""
-        return _as_they_are
-
-
-def _as_they_are(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    return args, kwargs
-
-
-class _Publishing(NamedTuple):
-    envelope: Envelope
-    retry: bool
-    policy: Mapping[str, Any] | None
+__all__ = ["Client"]
 
 
 class Client:
-    """Publishes calls of one app. Thread-safe; opens its connection at the first call."""
+    """Publishes calls of one app. Thread-safe; opens its connection at the first call.
 
-    def __init__(self, settings: Settings, router: Router, publisher: Publisher, async_publisher: AioPublisher) -> None:
-        self._settings = settings
-        self._router = router
+    Args:
+        calls: makes the messages.
+        results: where handles look.
+        inbox: gets the replies, where results come over AMQP.
+        eager: runs messages here and now, instead of publishing them.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        publisher: Publisher,
+        async_publisher: AioPublisher,
+        *,
+        results: Results,
+        inbox: ReplyInbox | None,
+        eager: Callable[[Sequence[Envelope]], None] | None = None,
+    ) -> None:
+        self._eager = eager
+        self._calls = calls
         self._publisher = publisher
         self._async_publisher = async_publisher
+        self._results = results
+        self._inbox = inbox
+
+    # -- one call -------------------------------------------------------------------------------------------------
 
     def send(self, callee: Callee, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any) -> AsyncResult[Any]:
         """Publish one call and return after the broker's confirm. Raises what `Task.delay` raises."""
-        envelope, retry, policy = self._prepare(callee, args, kwargs, **options)
-        self._publisher.publish(envelope, retry=retry, retry_policy=policy)
-        return AsyncResult(envelope.correlation_id or "")
+        prepared = self._mine(self._calls.prepare(callee, args, kwargs, **options))
+        handle = self._handle(callee, prepared)
+        self._publish(prepared)
+        return handle
 
     async def asend(
         self, callee: Callee, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
     ) -> AsyncResult[Any]:
         """`send` for asyncio."""
-        envelope, retry, policy = self._prepare(callee, args, kwargs, **options)
-        await self._async_publisher.publish(envelope, retry=retry, retry_policy=policy)
-        return AsyncResult(envelope.correlation_id or "")
+        prepared = self._mine(self._calls.prepare(callee, args, kwargs, **options))
+        handle = self._handle(callee, prepared)
+        wants_reply = self._inbox is not None and not prepared.ignored
+        if self._eager is not None or (wants_reply and not self._publisher.replies_ready):
+            # The reply queue must exist before the message does, and the publisher's own thread makes it.
+            await asyncio.to_thread(self._publish, prepared)
+        else:
+            await self._async_publisher.publish(prepared.envelope, retry=prepared.retry, retry_policy=prepared.policy)
+        return handle
 
     def send_many(
         self, calls: Sequence[tuple[Callee, Sequence[Any], Mapping[str, Any], Mapping[str, Any]]]
@@ -95,15 +79,92 @@ class Client:
         Nothing is published when one call cannot be prepared. Raises the first `PublishError`, with all of them in
         its ``failed`` attribute as ``(index, error)``; calls that are not named there are confirmed.
         """
-        envelopes = [self._prepare(callee, args, kwargs, **options).envelope for callee, args, kwargs, options in calls]
-        outcomes = self._publisher.publish_many(envelopes)
+        prepared = [
+            self._mine(self._calls.prepare(callee, args, kwargs, **options)) for callee, args, kwargs, options in calls
+        ]
+        handles = [self._handle(call[0], one) for call, one in zip(calls, prepared, strict=True)]
+        self._publish_many(prepared)
+        return handles
+
+    # -- compositions ---------------------------------------------------------------------------------------------
+
+    def apply(self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Publish a signature of any kind. Returns the handle of its end."""
+        if signature.subtask_type is None:
+            made = signature.clone(args, kwargs)
+            return self.send(self._calls.callee(made.task), made.args, made.kwargs, **made.options)
+        prepared, handle = self._compose(signature, args, kwargs)
+        self._publish_many(prepared)
+        return handle
+
+    async def aapply(self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """`apply` for asyncio."""
+        if signature.subtask_type is None:
+            made = signature.clone(args, kwargs)
+            return await self.asend(self._calls.callee(made.task), made.args, made.kwargs, **made.options)
+        prepared, handle = self._compose(signature, args, kwargs)
+        await asyncio.to_thread(self._publish_many, prepared)
+        return handle
+
+    def _compose(
+        self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Prepared], AsyncResult[Any] | GroupResult]:
+        made = normal(signature.clone(args, kwargs) if args or kwargs else signature)
+        common: dict[str, Any] = {}
+        if self._inbox is not None:
+            common["reply_to"] = self._publisher.reply_queue
+        parent = current_request()
+        if parent is not None and parent.root_id:
+            common["root_id"] = parent.root_id
+        handle = freeze(made, lambda: str(uuid.uuid4()), common=common)
+        prepared = self._calls.prepare_all(expand(made))
+        if self._inbox is not None:
+            for one in made.walk():
+                if "task_id" in one.options and not isinstance(one, group):
+                    self._inbox.expect(one.options["task_id"])
+        end = made
+        while isinstance(end, chain | chord):
+            end = end.tasks[-1] if isinstance(end, chain) else end.body or end
+        found = from_handle(handle, self._results, self._calls.callee(end.task).convert)
+        if parent is not None:
+            parent.children.append(found.as_tuple())
+        return prepared, found
+
+    # -- publishing -----------------------------------------------------------------------------------------------
+
+    def _mine(self, prepared: Prepared) -> Prepared:
+        """Have the result come to this process, where results are replies."""
+        if self._inbox is not None and not prepared.ignored and prepared.envelope.reply_to is None:
+            prepared.envelope.reply_to = self._publisher.reply_queue
+            self._inbox.expect(prepared.envelope.correlation_id or "")
+        return prepared
+
+    def _handle(self, callee: Callee, prepared: Prepared) -> AsyncResult[Any]:
+        handle: AsyncResult[Any] = AsyncResult(
+            prepared.envelope.correlation_id or "", self._results, convert=callee.convert, ignored=prepared.ignored
+        )
+        parent = current_request()
+        if parent is not None:
+            parent.children.append(handle.as_tuple())
+        return handle
+
+    def _publish(self, prepared: Prepared) -> None:
+        if self._eager is not None:
+            self._eager([prepared.envelope])
+            return
+        self._publisher.publish(prepared.envelope, retry=prepared.retry, retry_policy=prepared.policy)
+
+    def _publish_many(self, prepared: Sequence[Prepared]) -> None:
+        if self._eager is not None:
+            self._eager([one.envelope for one in prepared])
+            return
+        outcomes = self._publisher.publish_many([one.envelope for one in prepared])
         failed = [(index, error) for index, error in enumerate(outcomes) if error is not None]
         if failed:
             first = failed[0][1]
-            first.add_note(f"{len(failed)} of {len(envelopes)} messages were not confirmed")
+            first.add_note(f"{len(failed)} of {len(prepared)} messages were not confirmed")
             first.failed = failed
             raise first
-        return [AsyncResult(envelope.correlation_id or "") for envelope in envelopes]
 
     def close(self) -> None:
         """Close the publisher's connection."""
@@ -112,110 +173,3 @@ class Client:
     async def aclose(self) -> None:
         """Close this event loop's connection."""
         await self._async_publisher.close()
-
-    def _prepare(
-        self,
-        callee: Callee,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        countdown: float | None = None,
-        eta: datetime | None = None,
-        expires: float | datetime | timedelta | None = None,
-        queue: str | None = None,
-        exchange: str | None = None,
-        routing_key: str | None = None,
-        priority: int | None = None,
-        task_id: str | None = None,
-        link: object = None,
-        link_error: object = None,
-        headers: Mapping[str, Any] | None = None,
-        serializer: str | None = None,
-        compression: str | None = None,
-        retry: bool = True,
-        retry_policy: Mapping[str, Any] | None = None,
-        ignore_result: bool | None = None,
-        time_limit: float | None = None,
-        soft_time_limit: float | None = None,
-        mandatory: bool = True,
-        shadow: str | None = None,
-        reply_to: str | None = None,
-    ) -> _Publishing:
-        """One call as an envelope on its way. Raises `TypeError` for an option that does not exist."""
-        if link is not None or link_error is not None:
-            raise NotImplementedError("link and link_error are not available in this version")
-        name, own = callee.name, callee.options
-        args, kwargs = callee.validate(args, kwargs)
-        route = self._router.resolve(
-            name,
-            queue=queue,
-            exchange=exchange,
-            routing_key=routing_key,
-            priority=priority,
-            task_queue=own.queue,
-            task_priority=own.priority,
-        )
-        task_headers = TaskHeaders(
-            task=name,
-            id=task_id or str(uuid.uuid4()),
-            retries=0,
-            time_limit=own.time_limit if time_limit is None else time_limit,
-            soft_time_limit=own.soft_time_limit if soft_time_limit is None else soft_time_limit,
-            ignore_result=own.ignore_result if ignore_result is None else ignore_result,
-            shadow=shadow,
-            extra=headers or {},
-        )
-        parent = current_request()
-        if parent is not None:
-            task_headers.parent_id, task_headers.root_id = parent.id, parent.root_id
-        packer = serializer_named(serializer or own.serializer or self._settings.serialization.serializer)
-        packing = compression or own.compression or self._settings.serialization.compression
-        target_exchange, target_key = route.exchange, route.routing_key
-        expiration: str | None = None
-        if countdown is not None or eta is not None:
-            wait = seconds_until(eta) if eta is not None else float(countdown or 0)
-            if wait > 0:
-                task_headers.eta = datetime.now(UTC) + timedelta(seconds=wait) if eta is None else _aware(eta)
-                own_exchange = self._settings.exchanges.get(route.exchange)
-                target_exchange, target_key = delayed(
-                    self._settings.topology.prefix,
-                    route,
-                    wait,
-                    exchange_type=None if own_exchange is None else own_exchange.type,
-                )
-        lifetime = own.expires if expires is None else expires
-        if lifetime is not None:
-            left = seconds_until(lifetime)
-            task_headers.expires = datetime.now(UTC) + timedelta(seconds=left)
-            if task_headers.eta is None:
-                # Never on a delayed message: a level of the ladder would let it go early (RabbitMQ, per-message TTL).
-                expiration = str(max(0, int(left * 1000)))
-        envelope = task_envelope(
-            task_headers,
-            args,
-            kwargs,
-            serializer=packer,
-            exchange=target_exchange,
-            routing_key=target_key,
-            compression=None if packing is None else mime_type(packing),
-            priority=route.priority,
-            reply_to=reply_to,
-            mandatory=mandatory,
-        )
-        envelope.expiration = expiration
-        return _Publishing(envelope, retry, retry_policy)
-
-
-def _aware(when: datetime) -> datetime:
-    return when.replace(tzinfo=UTC) if when.tzinfo is None else when
-
-
-def seconds_until(when: float | datetime | timedelta) -> float:
-    """Seconds from now until `when`. A datetime without a zone is UTC, as in Celery. Raises `ConfigError`."""
-    if isinstance(when, timedelta):
-        return when.total_seconds()
-    if isinstance(when, datetime):
-        return (_aware(when) - datetime.now(UTC)).total_seconds()
-    if isinstance(when, bool) or not isinstance(when, int | float):
-        raise ConfigError(f"a time must be seconds, a timedelta or a datetime, not {when!r}")
-    return float(when)

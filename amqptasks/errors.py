@@ -20,6 +20,11 @@
     ├── MaxRetriesExceeded             `Task.retry` was called once too often
     ├── TaskRevoked                    the task was revoked before it ran
     ├── TimeLimitExceeded              the hard time limit ended the task
+    ├── ResultUnavailable              there is no result to be had, now or later
+    ├── ResultTimeout                  no result in time; a `TimeoutError` too
+    ├── StoreUnavailable               the result store cannot be used
+    ├── ChordError                     a part of the chord failed
+    ├── RemoteError                    an exception whose class is not imported here
     └── WorkerLost                     the process that ran the task died
 
 Raised inside tasks, to steer what happens to the message:
@@ -39,6 +44,7 @@ __all__ = [
     "BrokerBlocked",
     "BrokerError",
     "BrokerUnreachable",
+    "ChordError",
     "ConfigError",
     "DecodeError",
     "Ignore",
@@ -48,9 +54,14 @@ __all__ = [
     "PublishError",
     "PublishTimeout",
     "Reject",
+    "RemoteError",
+    "Replaced",
+    "ResultTimeout",
+    "ResultUnavailable",
     "Retry",
     "SerializationError",
     "SoftTimeLimitExceeded",
+    "StoreUnavailable",
     "TaskRevoked",
     "TimeLimitExceeded",
     "TopologyConflict",
@@ -155,6 +166,29 @@ class WorkerLost(AmqpTasksError):
     """The process that ran the task died (signal, memory, exit)."""
 
 
+class ResultUnavailable(AmqpTasksError):
+    """There is no result to be had: the task ignores it, no store is set, or it went to another process."""
+
+
+class ResultTimeout(AmqpTasksError, TimeoutError):
+    """No result in time. The task may still run."""
+
+
+class StoreUnavailable(AmqpTasksError):
+    """The result store cannot be used. Names host and port, never the password."""
+
+
+class ChordError(AmqpTasksError):
+    """A part of the chord failed, so that its body does not run. The message names the part."""
+
+
+class RemoteError(AmqpTasksError):
+    """Stands in for a task's exception whose class is not imported in this process, under the same name."""
+
+    exc_type = "RemoteError"
+    exc_module = "amqptasks.errors"
+
+
 class Retry(Exception):
     """Raised in a task: run it again later. `Task.retry` builds and raises it."""
 
@@ -175,6 +209,14 @@ class Retry(Exception):
         self.sig_args = args
         self.sig_kwargs = kwargs
         self.options = options or {}
+
+
+class Replaced(Exception):
+    """Raised by `Task.replace`: another signature runs in this task's place."""
+
+    def __init__(self, signature: Any) -> None:
+        super().__init__(f"replaced by {signature!r}")
+        self.signature = signature
 
 
 class Reject(Exception):

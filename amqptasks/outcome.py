@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from amqptasks.message import Envelope
+
 __all__ = [
     "Discarded",
     "Failed",
@@ -39,7 +41,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The task returned."""
+    """The task returned. `messages` are its result and what follows it: durable before it is acknowledged."""
+
+    messages: tuple[Envelope, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Retrying:
     body: bytes | None = None
     queue: str | None = None
     priority: int | None = None
+    messages: tuple[Envelope, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +67,14 @@ class Failed:
     exception: str = ""
     message: str = ""
     traceback: str = ""
+    messages: tuple[Envelope, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Discarded:
-    """The task raised `Ignore`, or an operator wants the message gone: acknowledged, nothing else."""
+    """The task raised `Ignore`, or it must not run any more: acknowledged, and no dead letter."""
+
+    messages: tuple[Envelope, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ class Postponed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The process that ran the task died. Run again, and counted; dead-lettered as poison at the limit."""
+    """The process that ran the task died: run again, and counted in the message."""
 
     description: str
 

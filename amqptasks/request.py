@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,6 +36,11 @@ class Request:
     #: (hard, soft) seconds
     timelimit: tuple[float | None, float | None] = (None, None)
     ignore_result: bool = False
+    group_index: int | None = None
+    #: Handles of what this task sent, in Celery's tuple form.
+    children: list[Any] = field(default_factory=list)
+    #: Tells the caller of a state that is not final (`Task.update_state`).
+    on_state: Callable[[str, Any], None] | None = None
     called_directly: bool = True
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
 
+from amqptasks.canvas import Sender, Signature, chunks, starmap, xmap
 from amqptasks.client import Client
-from amqptasks.errors import MaxRetriesExceeded, Retry
+from amqptasks.errors import MaxRetriesExceeded, Replaced, Retry
 from amqptasks.options import TaskOptions
 from amqptasks.request import Request, current_request
 from amqptasks.results import AsyncResult
-from amqptasks.signature import Sender, Signature
-from amqptasks.validation import ArgumentValidator
+from amqptasks.validation import ArgumentValidator, return_converter
 
 __all__ = ["Task", "TaskHost"]
 
@@ -80,6 +81,11 @@ class Task(Generic[P, R]):
         """The decorator's options alone."""
         return self._declared
 
+    @cached_property
+    def convert(self) -> Callable[[Any], Any] | None:
+        """Makes the value that the task is annotated to return of its JSON; None when that is the value."""
+        return return_converter(self.function)
+
     @property
     def request(self) -> Request:
         """The message that runs now; an empty request outside of a worker."""
@@ -132,6 +138,42 @@ class Task(Generic[P, R]):
     def si(self, *args: Any, **kwargs: Any) -> Signature:
         """An immutable signature: it takes no argument from a task before it."""
         return Signature(self.name, args, kwargs, immutable=True, sender=self._host())
+
+    def map(self, it: Iterable[Any]) -> xmap:
+        """A signature of one task that calls this one for each item, and returns the list of what it returned."""
+        return xmap(self.s(), it)
+
+    def starmap(self, it: Iterable[Any]) -> starmap:
+        """`map` for tuples of arguments."""
+        return starmap(self.s(), it)
+
+    def chunks(self, it: Iterable[Any], n: int) -> chunks:
+        """A group of `starmap`s of `n` tuples of arguments each."""
+        return chunks(self.s(), it, n)
+
+    def subtask(self, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any) -> Signature:
+        """A signature with options; Celery's other name of it is `signature`."""
+        return Signature(self.name, args, kwargs, options, sender=self._host())
+
+    signature = subtask
+
+    def update_state(self, *, state: str, meta: Any = None) -> None:
+        """Tell who waits for the result how far this task is. Best effort; outside of a worker nothing happens.
+
+        Args:
+            state: ``PROGRESS`` or another word of your own.
+            meta: what `AsyncResult.info` shows: a value that JSON carries.
+
+        Raises:
+            SerializationError: `meta` cannot be serialized.
+        """
+        request = self.request
+        if request.on_state is not None:
+            request.on_state(state, meta)
+
+    def replace(self, sig: Signature) -> NoReturn:
+        """End this task, and have `sig` run in its place: with its id, callbacks, and whatever follows it."""
+        raise Replaced(sig)
 
     def retry(
         self,

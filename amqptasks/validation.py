@@ -13,7 +13,7 @@ from pydantic_core import ArgsKwargs
 
 from amqptasks.errors import ConfigError, InvalidArguments
 
-__all__ = ["ArgumentValidator"]
+__all__ = ["ArgumentValidator", "return_converter"]
 
 _CONFIG = ConfigDict(arbitrary_types_allowed=True, validate_default=False)
 
@@ -75,3 +75,36 @@ class ArgumentValidator:
             got = "" if problem["type"].startswith("missing") else f", got {problem['input']!r:.100}"
             problems.append(f"{where}: {problem['msg']}{got}")
         return f"task {self._task}: " + "; ".join(problems)
+
+
+#: What JSON gives back as it was: nothing to convert.
+_PLAIN = frozenset({None, type(None), Any, int, str, bool, float, list, dict, inspect.Signature.empty})
+
+
+def return_converter(function: Callable[..., Any]) -> Callable[[Any], Any] | None:
+    """Makes the value that the function is annotated to return of its JSON; None when that is the value.
+
+    A value that does not fit is given as it is: the task ran, and its caller should see what it returned.
+    """
+    try:
+        hint = typing.get_type_hints(function, include_extras=True).get("return")
+        if hint is None or (hint.__hash__ is not None and hint in _PLAIN):
+            return None
+        validate = TypeAdapter(hint, config=None if _has_config(hint) else _CONFIG).validator.validate_python
+    except Exception:  # an annotation that pydantic does not know: the value stays what JSON says
+        return None
+
+    def convert(value: Any) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            return value
+
+    return convert
+
+
+def _has_config(hint: Any) -> bool:
+    """pydantic refuses a configuration for types that have their own."""
+    return isinstance(hint, type) and (
+        hasattr(hint, "model_config") or hasattr(hint, "__dataclass_fields__") or hasattr(hint, "__total__")
+    )

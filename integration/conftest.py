@@ -26,6 +26,7 @@ from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
+from integration.apps import canvas
 from integration.apps.ledger import PATH_VARIABLE, Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,4 +247,30 @@ def bench(vhost: VirtualHost, tmp_path: Path) -> Iterator[Bench]:
     """App, configuration, workers and ledger."""
     made = Bench(vhost, tmp_path)
     yield made
+    made.close()
+
+
+class CanvasBench(Bench):
+    """The bench with the tasks of `integration.apps.canvas`, and its app as the client."""
+
+    APP = "integration.apps.canvas:app"
+
+    def caller(self, url: str | None = None) -> AmqpTasks:
+        """The application itself, with these settings."""
+        canvas.app.close()
+        for name in ("client", "calls", "results", "result_store"):
+            canvas.app.__dict__.pop(name, None)
+        for task in canvas.app.tasks.values():
+            task._options = None
+        canvas.app._overrides.clear()
+        canvas.app.configure(config=self.config, broker=url)
+        return canvas.app
+
+
+@pytest.fixture
+def desk(vhost: VirtualHost, tmp_path: Path) -> Iterator[CanvasBench]:
+    """App, configuration, workers and ledger, for results and compositions."""
+    made = CanvasBench(vhost, tmp_path)
+    yield made
+    canvas.app.close()
     made.close()

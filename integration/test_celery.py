@@ -65,14 +65,6 @@ def test_celerys_countdown_expiry_limits_and_compression_are_understood(bench: B
     assert reasons == {killed.id: "time_limit", late.id: "expired"}
 
 
-def test_a_follow_up_that_is_not_offered_is_dead_lettered_not_dropped(bench: Bench, sender: celery.Celery) -> None:
-    bench.worker()
-    sender.send_task(f"{JOBS}.note", link=celery.signature(f"{JOBS}.note", app=sender))
-    headers = bench.vhost.dead_letters("default", 1)[0]["properties"]["headers"]
-    assert headers["x-task-reason"] == "rejected"
-    assert "callbacks" in headers["x-task-exception-message"]
-
-
 CELERY_WORKER = """
 import os, celery
 from integration.apps.ledger import record

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 import amqptasks
-from amqptasks import AmqpTasks, AsyncResult, ConfigError, InvalidArguments, Retry, Signature, shared_task, states
+from amqptasks import (
+    AmqpTasks,
+    AsyncResult,
+    ConfigError,
+    InvalidArguments,
+    ResultUnavailable,
+    Retry,
+    Signature,
+    shared_task,
+    states,
+)
 
 
 @pytest.fixture
@@ -21,10 +31,11 @@ def app() -> AmqpTasks:
 def test_the_public_names_are_these() -> None:
     assert set(amqptasks.__all__) == {
         *("AccessRefused", "AmqpTasks", "AmqpTasksError", "AsyncResult", "BrokerBlocked", "BrokerError"),
-        *("BrokerUnreachable", "ConfigError", "Ignore", "InvalidArguments", "MaxRetriesExceeded", "Nacked"),
-        *("PublishError", "PublishTimeout", "Reject", "Retry", "SerializationError", "Signature"),
-        *("SoftTimeLimitExceeded", "Task", "TaskRevoked", "TimeLimitExceeded", "TopologyConflict", "Unroutable"),
-        *("__version__", "current_app", "shared_task", "signature", "states"),
+        *("BrokerUnreachable", "ChordError", "ConfigError", "GroupResult", "Ignore", "InvalidArguments"),
+        *("MaxRetriesExceeded", "Nacked", "PublishError", "PublishTimeout", "Reject", "RemoteError", "ResultSet"),
+        *("ResultTimeout", "ResultUnavailable", "Retry", "SerializationError", "Signature", "SoftTimeLimitExceeded"),
+        *("StoreUnavailable", "Task", "TaskRevoked", "TimeLimitExceeded", "TopologyConflict", "Unroutable"),
+        *("__version__", "chain", "chord", "chunks", "current_app", "group", "shared_task", "signature", "states"),
     }
     for name in amqptasks.__all__:
         assert getattr(amqptasks, name) is not None
@@ -137,8 +148,9 @@ def test_a_signature_is_a_value_in_celerys_form(app: AmqpTasks) -> None:
         return x + y
 
     one = add.s(2)
-    assert one.set(queue="email").options == {"queue": "email"}
-    assert one.options == {}
+    other = one.clone()
+    assert other.set(queue="email") is other
+    assert (one.options, other.options) == ({}, {"queue": "email"})
     assert one.clone((1,)).args == (1, 2)
     assert add.si(2).clone((1,)).args == (2,)
     assert one == Signature("shop.add", (2,))
@@ -153,11 +165,19 @@ def test_a_signature_is_a_value_in_celerys_form(app: AmqpTasks) -> None:
 
 
 def test_what_is_not_offered_yet_says_so_at_once(app: AmqpTasks) -> None:
-    task = app.task(name="shop.x")(lambda: None)
-    with pytest.raises(NotImplementedError, match="link"):
-        task.apply_async(link=task.s())
-    with pytest.raises(NotImplementedError, match="stores no results"):
-        AsyncResult("abc").get(timeout=1)
+    with pytest.raises(NotImplementedError, match="revoke"):
+        AsyncResult("abc", app.results).revoke()
+
+
+def test_a_result_that_cannot_be_there_is_told_at_once() -> None:
+    nowhere = AmqpTasks("nowhere", config={"result": {"backend": "none"}})
+    for ask in (lambda r: r.get(), lambda r: r.state, lambda r: r.ready()):
+        with pytest.raises(ResultUnavailable, match="backend is none"):
+            ask(nowhere.AsyncResult("abc"))
+    over_amqp = AmqpTasks("over-amqp", config={})
+    with pytest.raises(ResultUnavailable, match="to the process that called"):
+        over_amqp.AsyncResult("abc").get()
+    assert AsyncResult("abc") == over_amqp.AsyncResult("abc")
 
 
 def test_type_checkers_know_the_arguments_of_delay(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "amqptasks"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
-#: `Client._prepare` is one signature: every option of `apply_async` by name, with its default.
-LONG_BY_CONTRACT = {("client.py", "_prepare")}
+#: `Calls.prepare` is one signature: every option of `apply_async` by name, with its default.
+LONG_BY_CONTRACT = {("calls.py", "prepare")}
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -43,7 +43,11 @@ def test_own_modules_are_imported_at_the_top(file: Path) -> None:
 
 
 def test_only_settlement_acknowledges() -> None:
-    """Acks and requeues are sent by the consumer, and asked for by `worker/settlement.py` alone."""
+    """Tasks are acknowledged by `worker/settlement.py` alone.
+
+    Parts of chords and replies are no tasks: `worker/joiner.py` acknowledges those when the chord's body is confirmed,
+    `broker/replies.py` these when they are in memory.
+    """
     callers: dict[str, set[str]] = {}
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -51,8 +55,8 @@ def test_only_settlement_acknowledges() -> None:
             if name in {"basic_ack", "basic_nack", "basic_reject", "send_ack", "send_requeue"}:
                 callers.setdefault(name, set()).add(str(file.relative_to(PACKAGE)))
     assert callers == {
-        "basic_ack": {"broker/consumer.py"},
+        "basic_ack": {"broker/consumer.py", "broker/replies.py"},
         "basic_nack": {"broker/consumer.py"},
-        "send_ack": {"worker/settlement.py"},
+        "send_ack": {"worker/joiner.py", "worker/settlement.py"},
         "send_requeue": {"worker/settlement.py"},
     }

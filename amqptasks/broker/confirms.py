@@ -51,14 +51,22 @@ class ConfirmChannel:
         window: most messages unconfirmed at a time.
         blocked_timeout: seconds a message waits under an alarm of the broker before `BrokerBlocked`.
         declarer: declares the topology when an exchange or queue of it turns out to be missing.
+        prepare: called with each new connection and what to call when messages may be published on it.
     """
 
     def __init__(
-        self, link: Link, *, window: int, blocked_timeout: float | None = None, declarer: Declarer | None = None
+        self,
+        link: Link,
+        *,
+        window: int,
+        blocked_timeout: float | None = None,
+        declarer: Declarer | None = None,
+        prepare: Callable[[Any, Callable[[], None]], None] | None = None,
     ) -> None:
         self._link = link
         self._window = window
         self._declarer = declarer
+        self._prepare = prepare
         self._queue: deque[Pending] = deque()
         self._flight: Flight | None = None
         #: Channels that were replaced, and still wait for confirms.
@@ -137,7 +145,10 @@ class ConfirmChannel:
         self._heard, self._late_sweeps = time.monotonic(), 0
         self._next_count.clear()
         self._opening = False
-        self._open_channel()
+        if self._prepare is None:
+            self._open_channel()
+        else:
+            self._prepare(connection, self._open_channel)
 
     def _open_channel(self) -> None:
         connection = self._connection

@@ -95,6 +95,11 @@ class Link:
         return self._connection is not None
 
     @property
+    def connection(self) -> Any:
+        """The connection, be it open, opening or closing; None while there is none."""
+        return self._connection
+
+    @property
     def round_over(self) -> bool:
         """Whether every node was tried since the last pause."""
         return self._failures % len(self._nodes) == 0

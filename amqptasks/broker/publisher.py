@@ -10,12 +10,14 @@ import atexit
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from amqptasks.broker import verdicts
 from amqptasks.broker.confirms import ConfirmChannel
@@ -23,12 +25,13 @@ from amqptasks.broker.link import Link, new_loop
 from amqptasks.broker.parameters import connection_parameters
 from amqptasks.broker.pending import Pending
 from amqptasks.broker.pending import retry_policy as policy_of
+from amqptasks.broker.replies import Replies
 from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import AmqpTasksError, BrokerError, PublishError, PublishTimeout, SerializationError
 from amqptasks.message import Envelope
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "ReplyTo"]
 
 logger = logging.getLogger(__name__)
 #: After its deadline a caller gives the I/O thread so long to say what went wrong.
@@ -47,11 +50,24 @@ class _Io:
         settings = publisher.settings
         self.loop = new_loop()
         self.link = Link(self.loop, connection_parameters(settings, publisher.name))
+        inbox = publisher.replies_to
+        self.replies: Replies | None = None
+        if inbox is not None:
+            self.replies = Replies(
+                self.link,
+                publisher.reply_queue,
+                lifetime=inbox.lifetime,
+                on_reply=inbox.on_reply,
+                on_gone=inbox.on_gone,
+            )
+            lost = self.replies.lost
+            self.link.watch(lambda _connection: None, lambda _error: lost())
         self.confirms = ConfirmChannel(
             self.link,
             window=settings.confirm_window,
             blocked_timeout=settings.blocked_timeout,
             declarer=_Declarer(publisher, self.loop),
+            prepare=None if self.replies is None else self.replies.open,
         )
         self.inbox: deque[Pending] = deque()
         self.scheduled = False
@@ -99,6 +115,8 @@ class _Io:
             if self.link.is_open and time.monotonic() < goodbye and (self.inbox or not self.confirms.idle):
                 self.loop.call_later(0.01, settle)
             else:
+                if self.replies is not None:
+                    self.replies.delete()
                 self.link.close()
                 wait()
 
@@ -147,6 +165,18 @@ class _Declarer:
         self._loop.add_callback_threadsafe(lambda: then(problem))
 
 
+class ReplyTo(NamedTuple):
+    """Who gets the replies to this process.
+
+    `on_reply` is called with each reply's body, `on_gone` with the reason when replies were lost, and whether none
+    will ever come; both on the I/O thread. `lifetime` is seconds for which a reply waits in its queue.
+    """
+
+    on_reply: Callable[[bytes], None]
+    on_gone: Callable[[str, bool], None]
+    lifetime: float
+
+
 class Publisher:
     """Publishes with confirms. Thread-safe, and safe after `os.fork` (gunicorn, uwsgi): a child starts anew.
 
@@ -155,6 +185,7 @@ class Publisher:
         declare: declares the topology; called when something of it turns out to be missing.
         knows_route: whether exchange and routing key (None for any) belong to that topology.
         name: the connection's name in the management UI.
+        replies_to: gets the replies to this process; None when nobody wants any.
     """
 
     def __init__(
@@ -164,13 +195,17 @@ class Publisher:
         declare: Callable[[], None] | None = None,
         knows_route: Callable[[str, str | None], bool] | None = None,
         name: str = "amqptasks",
+        replies_to: ReplyTo | None = None,
     ) -> None:
         self.settings = settings
         self.name = f"{name}/publisher"
+        self.replies_to = replies_to
+        self._reply_queue: str | None = None
+        self._app = name
         self.declare = declare
         self.knows_route = knows_route
         self._policy = policy_of(settings.publish_retry, None, retry=True)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._io: _Io | None = None
         _publishers.add(self)
 
@@ -253,6 +288,24 @@ class Publisher:
                     )
         return outcomes
 
+    @property
+    def reply_queue(self) -> str:
+        """The name of this process's reply queue, which exists before a message is published."""
+        name = self._reply_queue
+        if name is None:
+            with self._lock:
+                if self._reply_queue is None:
+                    host = socket.gethostname()[:60]
+                    self._reply_queue = f"{self._app[:60]}.reply.{host}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
+                name = self._reply_queue
+        return name
+
+    @property
+    def replies_ready(self) -> bool:
+        """Whether the reply queue exists."""
+        io = self._io
+        return io is not None and not io.stopping and io.replies is not None and io.replies.ready
+
     def _running(self) -> _Io:
         io = self._io
         if io is not None and not io.stopping:
@@ -274,7 +327,8 @@ class Publisher:
     def _forget(self) -> None:
         """In a forked child: the connection is the parent's, and so is what waits for its confirms."""
         io, self._io = self._io, None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._reply_queue = None
         if io is not None:
             # The rest is kept, so that no collector closes descriptors whose numbers are used anew.
             _abandoned.append(io)

@@ -351,6 +351,14 @@ class TopologySettings(_Model):
     )
 
 
+class TestingSettings(_Model):
+    """For tests of applications: calls run in the calling process, without a broker."""
+
+    always_eager: bool = Field(False, description="Calls run at once, here.")
+    eager_propagates: bool = Field(False, description="A task that fails raises at the call.")
+    store_eager_result: bool = Field(False, description="Results go to the result store too.")
+
+
 class Settings(_Model):
     """The whole file."""
 
@@ -373,6 +381,7 @@ class Settings(_Model):
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs.")
     sentry: SentrySettings = Field(default_factory=SentrySettings, description="Sentry.")
     topology: TopologySettings = Field(default_factory=TopologySettings, description="Names in the broker.")
+    testing: TestingSettings = Field(default_factory=TestingSettings, description="Eager mode.")
 
     @model_validator(mode="before")
     @classmethod

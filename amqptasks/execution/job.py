@@ -24,6 +24,8 @@ class Job(NamedTuple):
     routing_key: str
     redelivered: bool
     body: bytes
+    #: Decided already (expired, poison, a failed chord …): (reason, exception, message). It does not run.
+    verdict: tuple[str, str, str] | None = None
 
 
 def header_retries(headers: dict[str, Any]) -> int:
@@ -61,6 +63,7 @@ def build_request(job: Job, body: Body, hostname: str) -> Request:
         root_id=headers.get("root_id"),
         parent_id=headers.get("parent_id"),
         group=headers.get("group"),
+        group_index=headers.get("group_index"),
         correlation_id=job.correlation_id,
         reply_to=job.reply_to,
         origin=headers.get("origin"),

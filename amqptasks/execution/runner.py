@@ -4,50 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import time
-import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from amqptasks.client import seconds_until
+from amqptasks.calls import seconds_until
 from amqptasks.config import Settings
 from amqptasks.errors import (
-    DecodeError,
     Ignore,
     InvalidArguments,
     MaxRetriesExceeded,
     Reject,
+    Replaced,
     Retry,
     SerializationError,
     SoftTimeLimitExceeded,
 )
-from amqptasks.events import Bus, TaskFailed, TaskReceived, TaskRetrying, TaskSucceeded
+from amqptasks.events import Bus, TaskReceived, TaskRetrying, TaskSucceeded
+from amqptasks.execution.failures import Failures, safe_repr
+from amqptasks.execution.followups import FollowUps
 from amqptasks.execution.job import Job, build_request
+from amqptasks.execution.reports import Reporter, result_meta
 from amqptasks.execution.retry import backoff, failure_reason, wants_retry
-from amqptasks.outcome import Discarded, Failed, GivenBack, Outcome, Reason, Retrying, Succeeded
+from amqptasks.message import Envelope
+from amqptasks.outcome import Discarded, GivenBack, Outcome, Reason, Retrying, Succeeded
 from amqptasks.protocol.compression import compress
+from amqptasks.protocol.results import ResultMeta
 from amqptasks.protocol.serializers import accepted
 from amqptasks.protocol.task import Body, decode_body, encode_arguments
 from amqptasks.request import Request, reset_current, set_current
+from amqptasks.states import RETRY, STARTED, SUCCESS
 from amqptasks.task import Task
 
-__all__ = ["Call", "Runner", "safe_repr"]
+__all__ = ["Call", "Runner"]
 
-#: A longer traceback loses its middle: it crosses to the leader and into a header.
-_TRACEBACK_CHARACTERS = 16 * 1024
 
+_SUCCEEDED = Succeeded()
 SoftLimit = Callable[[float], AbstractContextManager[None]]
-
-
-def safe_repr(value: object, limit: int = 256) -> str:
-    """`repr`, cut, and safe against objects whose own `repr` raises."""
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"<{type(value).__name__}, whose repr raised {type(error).__name__}>"
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @dataclass(slots=True)
@@ -73,7 +70,8 @@ class Runner:
     """Runs the tasks of one queue's messages. One per executor.
 
     `soft_limit` gives a context manager that raises `SoftTimeLimitExceeded` inside it after so many seconds; the pool
-    knows how (a signal on the main thread).
+    knows how (a signal on the main thread). `send_state` sends a message while the task of a delivery goes on;
+    `ran` is called when its function has ended, and only its result is written.
     """
 
     def __init__(
@@ -85,7 +83,16 @@ class Runner:
         hostname: str,
         bus: Bus,
         soft_limit: SoftLimit,
+        reporter: Reporter,
+        follow: FollowUps,
+        send_state: Callable[[int, Envelope], None],
+        ran: Callable[[], None],
     ) -> None:
+        self._ran = ran
+        self._reporter = reporter
+        self._follow = follow
+        self._failures = Failures(queue, bus, reporter, follow)
+        self._send_state = send_state
         self._tasks = tasks
         self._settings = settings
         self._accept = accepted(settings.serialization.accept_content)
@@ -112,6 +119,7 @@ class Runner:
                 value = call.start()
                 if inspect.iscoroutine(value):
                     value = self._run_coroutine(value)
+            self._ran()
         except BaseException as error:
             outcome = self._classify(call, error, time.perf_counter() - started)
         else:
@@ -124,13 +132,15 @@ class Runner:
         # One loop for the life of the executor, so that clients which tasks keep stay usable.
         if self._runner is None:
             self._runner = asyncio.Runner()
+            weakref.finalize(self, self._runner.close)
         return self._runner.run(value)
 
     # -- asyncio --------------------------------------------------------------------------------------------------
 
     async def run_async(self, job: Job) -> tuple[Outcome, float]:
         """Run one job on this event loop; a plain function goes to a thread. Never raises."""
-        call = self._prepare(job)
+        blocks = self._reporter.blocks
+        call = await asyncio.to_thread(self._prepare, job) if blocks and job.redelivered else self._prepare(job)
         if not isinstance(call, Call):
             return call, 0.0
         soft, hard = self.soft_limit_of(call), self.hard_limit_of(call)
@@ -152,7 +162,10 @@ class Runner:
         except BaseException as error:
             outcome = self._classify(call, error, time.perf_counter() - started)
         else:
-            outcome = self._succeeded(call, value, time.perf_counter() - started)
+            ran = time.perf_counter() - started
+            if blocks:
+                return await asyncio.to_thread(self._succeeded, call, value, ran), ran
+            outcome = self._succeeded(call, value, ran)
         return outcome, time.perf_counter() - started
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -162,24 +175,33 @@ class Runner:
         try:
             body = decode_body(job.body, job.content_type, headers.get("compression"), self._accept, self._max_body)
             request = build_request(job, body, self._hostname)
-            follow_ups = [key for key in ("callbacks", "errbacks", "chain", "chord") if body.embed.get(key)]
-            if follow_ups:
-                return self._refuse(
-                    job,
-                    Reason.REJECTED,
-                    NotImplementedError(f"follow-ups ({', '.join(follow_ups)}) are not available in this version"),
-                )
+        except Exception as error:  # whatever a hostile body provokes must not end the executor
+            return self._failures.failed(job, Request(id=_text(headers.get("id"))), {}, error, Reason.UNDECODABLE)
+        if job.verdict is not None:
+            return self._failures.concluded(job, request, body.embed)
+        try:
             task = self._tasks[headers["task"]]
             args, kwargs = task.validate(body.args, body.kwargs)
-        except DecodeError as error:
-            return self._refuse(job, Reason.UNDECODABLE, error)
         except InvalidArguments as error:
-            return self._refuse(job, Reason.INVALID_ARGUMENTS, error)
-        except Exception as error:  # whatever a hostile body provokes must not end the executor
-            return self._refuse(job, Reason.UNDECODABLE, error)
+            return self._failures.failed(job, request, body.embed, error, Reason.INVALID_ARGUMENTS)
+        except Exception as error:
+            return self._failures.failed(job, request, body.embed, error, Reason.UNDECODABLE)
+        if job.redelivered and (known := self._reporter.success_of(request.id or "")) is not None:
+            # It has run, and what it returned is kept: what follows it may not have been sent.
+            return self._succeeded(Call(task, request, args, kwargs, body, job), known.result, 0.0, known)
+        call = Call(task, request, args, kwargs, body, job)
+        if self._reporter.wanted(headers, job.reply_to):
+            request.on_state = lambda state, meta: self._state(call, state, meta)
+            if task.options.track_started:
+                request.on_state(STARTED, {"hostname": self._hostname, "pid": os.getpid()})
         if self._bus.wants(TaskReceived):
             self._bus.emit(TaskReceived(task.name, request.id or "", self._queue, request.retries + 1))
-        return Call(task, request, args, kwargs, body, job)
+        return call
+
+    def _state(self, call: Call, state: str, meta: Any) -> None:
+        message = self._reporter.state(ResultMeta(call.request.id or "", state, meta), call.job.reply_to)
+        if message is not None:
+            self._send_state(call.job.tag, message)
 
     def soft_limit_of(self, call: Call) -> float | None:
         """Seconds after which the task is asked to stop: the message's, the task's, or the worker's."""
@@ -189,18 +211,32 @@ class Runner:
         """Seconds after which the task is killed: the message's, the task's, or the worker's."""
         return call.request.timelimit[0] or call.task.options.time_limit or self._settings.worker.time_limit
 
-    def _succeeded(self, call: Call, value: Any, runtime: float) -> Outcome:
+    def _succeeded(self, call: Call, value: Any, runtime: float, known: ResultMeta | None = None) -> Outcome:
+        request, embed, job = call.request, call.body.embed, call.job
+        messages: list[Envelope] = []
+        try:
+            if any(embed.values()):
+                messages += self._follow.succeeded(request, embed, value)
+            if known is None and self._reporter.wanted(job.headers, job.reply_to):
+                meta = result_meta(request, SUCCESS, value)
+                messages += self._reporter.final(meta, job.reply_to)
+        except Exception as error:  # what it returned, or what should follow, cannot be written
+            return self._failures.failed(job, request, embed, error, Reason.FAILED, runtime=runtime, expected=False)
         if self._bus.wants(TaskSucceeded):
-            request = call.request
             self._bus.emit(
                 TaskSucceeded(call.task.name, request.id or "", self._queue, request.retries + 1, runtime, value)
             )
-        return Succeeded()
+        return Succeeded(tuple(messages)) if messages else _SUCCEEDED
 
     def _classify(self, call: Call, error: BaseException, runtime: float) -> Outcome:
         options, retries = call.task.options, call.request.retries
         if isinstance(error, Ignore):
-            return Discarded()
+            return Discarded(tuple(self._follow.ignored(call.request, call.body.embed)))
+        if isinstance(error, Replaced):
+            try:
+                return Succeeded(tuple(self._follow.replaced(call.request, call.body.embed, error.signature)))
+            except Exception as problem:
+                return self._failed(call, problem, Reason.FAILED, runtime)
         if isinstance(error, Retry):
             return self._retrying(call, error, runtime)
         if isinstance(error, Reject):
@@ -234,6 +270,8 @@ class Runner:
             priority=retry.options.get("priority"),
         )
         request = call.request
+        if request.on_state is not None:
+            request.on_state(RETRY, cause if cause is not None else retry)
         self._bus.emit(
             TaskRetrying(
                 call.task.name, request.id or "", self._queue, request.retries + 1, runtime, delay, outcome.message
@@ -252,66 +290,20 @@ class Runner:
         return compress(body, compression) if compression else body
 
     def _failed(self, call: Call, error: BaseException, reason: Reason, runtime: float) -> Outcome:
-        expected = isinstance(error, call.task.options.throws)
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next  # what the task's author wants to see starts below this module
-        text = "" if reason is Reason.REJECTED else _format(error, trace)
-        request = call.request
-        return self._report(
-            call.task.name, request.id or "", request.retries, error, reason, runtime, text, expected=expected
-        )
-
-    def _refuse(self, job: Job, reason: Reason, error: BaseException) -> Outcome:
-        headers = job.headers
-        retries = headers.get("retries")
-        return self._report(
-            str(headers.get("task")),
-            str(headers.get("id")),
-            retries if isinstance(retries, int) else 0,
+        return self._failures.failed(
+            call.job,
+            call.request,
+            call.body.embed,
             error,
             reason,
-            0.0,
-            "",
-            expected=True,
+            runtime=runtime,
+            trace=None if reason is Reason.REJECTED else trace or error.__traceback__,
+            expected=isinstance(error, call.task.options.throws),
         )
 
-    def _report(
-        self,
-        task: str,
-        task_id: str,
-        retries: int,
-        error: BaseException,
-        reason: Reason,
-        runtime: float,
-        text: str,
-        *,
-        expected: bool,
-    ) -> Failed:
-        name = type(error).__qualname__
-        if type(error).__module__ not in ("builtins", "__main__"):
-            name = f"{type(error).__module__}.{name}"
-        message = _safe_str(error)
-        self._bus.emit(
-            TaskFailed(task, task_id, self._queue, retries + 1, runtime, reason, message, text, error, expected)
-        )
-        return Failed(reason, name, message, text)
 
-
-def _safe_str(error: BaseException) -> str:
-    try:
-        return str(error)[:2048]
-    except Exception:
-        return safe_repr(error)
-
-
-def _format(error: BaseException, trace: Any) -> str:
-    try:
-        lines = traceback.format_exception(type(error), error, trace, limit=-50)
-    except Exception:  # an exception whose own __str__ raises
-        return f"{type(error).__qualname__} (its traceback could not be formatted)"
-    text = "".join(lines)
-    if len(text) > _TRACEBACK_CHARACTERS:
-        half = _TRACEBACK_CHARACTERS // 2
-        text = f"{text[:half]}\n…\n{text[-half:]}"
-    return text
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -22,7 +22,7 @@ import structlog
 
 from amqptasks.config import LoggingSettings
 from amqptasks.events import Bus, TaskEvent, TaskFailed, TaskReceived, TaskRetrying, TaskSucceeded
-from amqptasks.execution.runner import safe_repr
+from amqptasks.execution.failures import safe_repr
 from amqptasks.request import current_request
 
 __all__ = ["LineWriter", "configure_logging", "subscribe_logs"]

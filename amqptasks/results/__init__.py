@@ -1,5 +1,5 @@
-"""Handles of published tasks."""
+"""Results: handles of what was sent, and where results are kept."""
 
-from amqptasks.results.async_result import AsyncResult
+from amqptasks.results.async_result import AsyncResult, GroupResult, ResultSet, from_handle
 
-__all__ = ["AsyncResult"]
+__all__ = ["AsyncResult", "GroupResult", "ResultSet", "from_handle"]

@@ -21,7 +21,7 @@ from amqptasks.topology.delays import (
 )
 from amqptasks.topology.entities import Arguments, Binding, Exchange, Queue, Topology, freeze_arguments
 
-__all__ = ["build_topology", "dead_letter_exchange", "dead_letter_queue", "due_queue", "queue_arguments"]
+__all__ = ["build_topology", "dead_letter_exchange", "dead_letter_queue", "due_queue", "joins_queue", "queue_arguments"]
 
 #: Types of the exchanges that every virtual host has.
 BUILT_IN_EXCHANGES = {
@@ -50,6 +50,11 @@ def due_queue(prefix: str, queue: str) -> str:
     return f"{prefix}.due.{queue}"
 
 
+def joins_queue(prefix: str) -> str:
+    """Name of the queue in which the parts of chords meet."""
+    return f"{prefix}.joins"
+
+
 def build_topology(settings: Settings) -> Topology:
     """The topology of these settings. The same settings give the same topology, in the same order.
 
@@ -61,7 +66,7 @@ def build_topology(settings: Settings) -> Topology:
         _check_name(name)
     rungs = ladder(prefix)
     exchanges = [*_own_exchanges(prefix), *rungs.exchanges, *_user_exchanges(settings)]
-    queues = [_unroutable_queue(prefix), *rungs.queues]
+    queues = [_unroutable_queue(prefix), *rungs.queues, _joins_queue(prefix)]
     for name, queue in settings.queues.items():
         queues.extend(_queues_of(prefix, name, queue))
     bindings = [Binding(unroutable_exchange(prefix), unroutable_exchange(prefix), origin="topology.prefix")]
@@ -71,6 +76,8 @@ def build_topology(settings: Settings) -> Topology:
             dlx, dlq = dead_letter_exchange(prefix), dead_letter_queue(name)
             bindings.append(Binding(dlx, dlq, routing_key=name, origin=f"queues.{name}.dead_letter"))
     work = list(_work_bindings(settings))
+    joins = joins_queue(prefix)
+    bindings.append(Binding(prefix, joins, routing_key=joins, origin="topology.prefix"))
     bindings += [mirror for binding in work if (mirror := _mirror(settings, binding)) is not None]
     bindings += work
     _refuse_double(exchanges, "exchange")
@@ -160,6 +167,17 @@ def _refuses_when_full(arguments: Arguments) -> bool:
 def _unroutable_queue(prefix: str) -> Queue:
     arguments = freeze_arguments({"x-queue-type": "quorum"})
     return Queue(unroutable_exchange(prefix), arguments=arguments, origin="topology.prefix")
+
+
+def _joins_queue(prefix: str) -> Queue:
+    """Parts stay unacknowledged until their chord is complete, and all parts of a chord must meet in one process."""
+    table = {
+        "x-queue-type": "quorum",
+        "x-single-active-consumer": True,
+        # Each process that dies while it holds parts counts as a failed delivery; RabbitMQ 4.0 drops them at 20.
+        "x-delivery-limit": 1_000_000,
+    }
+    return Queue(joins_queue(prefix), arguments=freeze_arguments(table), origin="topology.prefix")
 
 
 def _queues_of(prefix: str, name: str, queue: QueueSettings) -> Iterator[Queue]:

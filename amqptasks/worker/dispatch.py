@@ -18,13 +18,14 @@ from typing import Any, Protocol
 
 import structlog
 
+from amqptasks.message import Envelope
 from amqptasks.outcome import Failed, Lost, Outcome, Reason
 from amqptasks.worker.cell import Cell
 from amqptasks.worker.delivery import Delivery, Stage
 from amqptasks.worker.executor import ExecutorSetup, run_executor
 from amqptasks.worker.handle import ExecutorHandle, describe_exit
 from amqptasks.worker.process import fork_child
-from amqptasks.worker.wire import Report, pack_jobs, unpack_report, unpack_reports
+from amqptasks.worker.wire import STATE, Report, envelopes, pack_jobs, unpack_report, unpack_reports
 
 __all__ = ["Dispatcher", "Loop"]
 
@@ -68,6 +69,7 @@ class Dispatcher:
         on_outcome: called with each delivery and the outcome that its executor reported.
         on_death: called with the delivery that ran in an executor that died, and what that means for it.
         hard_limit: seconds a delivery's task may run; None for no limit.
+        on_state: called with a message that a running task sends.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Dispatcher:
         on_outcome: Callable[[Delivery, Outcome], None],
         on_death: Callable[[Delivery, Failed | Lost], None],
         hard_limit: Callable[[Delivery], float | None],
+        on_state: Callable[[Envelope], None],
     ) -> None:
         self._loop = loop
         self._setup = setup
@@ -88,6 +91,7 @@ class Dispatcher:
         self._on_outcome = on_outcome
         self._on_death = on_death
         self._hard_limit = hard_limit
+        self._on_state = on_state
         self._concurrent = setup.pool == "asyncio"
         self._slots = max(1, setup.concurrency // processes) if self._concurrent else 1
         self.executors: list[ExecutorHandle] = []
@@ -261,6 +265,10 @@ class Dispatcher:
         self.pump()
 
     def _report(self, executor: ExecutorHandle, report: Report) -> None:
+        if report[1] == STATE:
+            for message in envelopes(report[3]):
+                self._on_state(message)
+            return
         delivery = executor.inflight.pop(report[0], None)
         if delivery is None or delivery.stage is not Stage.RUNNING:
             return  # taken back when the lease had ended

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from amqptasks.message import Envelope
-from amqptasks.outcome import Discarded, Failed, GivenBack, Lost, Outcome, Postponed, Reason, Retrying, Succeeded
+from amqptasks.outcome import Discarded, Failed, GivenBack, Lost, Outcome, Postponed, Retrying, Succeeded
 from amqptasks.routing import Route
 from amqptasks.topology.delays import delayed
 from amqptasks.worker.delivery import CRASHES_HEADER, Delivery, header_crashes
@@ -53,12 +53,16 @@ class Effects:
     prefix: str
     queue: str
     worker: str
-    poison_limit: int
     #: False for a queue without a dead-letter queue: what fails for good is acknowledged and logged.
     dead_letters: bool = True
 
-    def envelope(self, delivery: Delivery, outcome: Outcome) -> Envelope | None:
-        """What must be confirmed before the delivery is settled; None when nothing is published."""
+    def envelopes(self, delivery: Delivery, outcome: Outcome) -> list[Envelope]:
+        """What must be confirmed before the delivery is settled."""
+        own = self._own(delivery, outcome)
+        messages = list(getattr(outcome, "messages", ()))
+        return messages if own is None else [*messages, own]
+
+    def _own(self, delivery: Delivery, outcome: Outcome) -> Envelope | None:
         match outcome:
             case Succeeded() | Discarded() | GivenBack():
                 return None
@@ -68,8 +72,8 @@ class Effects:
                 return self._delayed(delivery, delay, {}, bits=None)
             case Failed():
                 return self._dead_letter(delivery, outcome)
-            case Lost(description):
-                return self._again(delivery, description)
+            case Lost():
+                return self._again(delivery)
 
     def _retry(self, delivery: Delivery, outcome: Retrying) -> Envelope:
         eta = datetime.now(UTC) + timedelta(seconds=outcome.delay)
@@ -103,14 +107,8 @@ class Effects:
         exchange, key = delayed(self.prefix, route, delay, significant_bits=bits)
         return self._copy(delivery, exchange, key, changed)
 
-    def _again(self, delivery: Delivery, description: str) -> Envelope | None:
-        crashes = header_crashes(delivery.headers) + 1
-        if crashes >= self.poison_limit:
-            failed = Failed(
-                Reason.POISON, "WorkerLost", f"{description}; the task has cost {crashes} executors, the limit"
-            )
-            return self._dead_letter(delivery, failed)
-        return self._copy(delivery, self.prefix, self.queue, {CRASHES_HEADER: crashes})
+    def _again(self, delivery: Delivery) -> Envelope:
+        return self._copy(delivery, self.prefix, self.queue, {CRASHES_HEADER: header_crashes(delivery.headers) + 1})
 
     def _dead_letter(self, delivery: Delivery, failed: Failed) -> Envelope | None:
         if not self.dead_letters:

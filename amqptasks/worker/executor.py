@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -19,11 +19,14 @@ from types import FrameType
 from amqptasks.app import AmqpTasks
 from amqptasks.errors import SoftTimeLimitExceeded
 from amqptasks.events import Bus, ExecutorStarted, ExecutorStopping
+from amqptasks.execution.followups import FollowUps
 from amqptasks.execution.job import Job
+from amqptasks.execution.reports import Reporter
 from amqptasks.execution.runner import Runner
+from amqptasks.message import Envelope
 from amqptasks.worker.cell import Cell
 from amqptasks.worker.process import set_title
-from amqptasks.worker.wire import FrameReader, Report, pack_reports, report_of, returned, unpack_jobs
+from amqptasks.worker.wire import FrameReader, Report, pack_reports, report_of, returned, state_of, unpack_jobs
 
 __all__ = ["ExecutorSetup", "run_executor"]
 
@@ -65,20 +68,12 @@ def _alarm(seconds: float) -> Iterator[None]:
 def run_executor(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> int:
     """The life of one executor. Returns its exit code, when the leader closed the socket."""
     set_title(f"amqptasks:{setup.queue}")
-    runner = Runner(
-        setup.app.tasks,
-        setup.app.settings,
-        queue=setup.queue,
-        hostname=setup.hostname,
-        bus=setup.bus,
-        soft_limit=_alarm,
-    )
     setup.bus.emit(ExecutorStarted(setup.queue))
     try:
         if setup.pool == "asyncio":
-            asyncio.run(_AsyncLoop(runner, channel, cell, setup.bus).run())
+            asyncio.run(_AsyncLoop(setup, channel).run())
         else:
-            _one_at_a_time(runner, channel, cell, setup.bus)
+            _one_at_a_time(setup, channel, cell)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the leader is gone: the broker gives the work to others
     finally:
@@ -86,7 +81,29 @@ def run_executor(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> in
     return 0
 
 
-def _one_at_a_time(runner: Runner, channel: socket.socket, cell: Cell, bus: Bus) -> None:
+def _runner(setup: ExecutorSetup, send_state: Callable[[int, Envelope], None], ran: Callable[[], None]) -> Runner:
+    app = setup.app
+    settings = app.settings
+    reporter = Reporter(replies=settings.result.backend.startswith("rpc://"), store=app.result_store)
+    return Runner(
+        app.tasks,
+        settings,
+        queue=setup.queue,
+        hostname=setup.hostname,
+        bus=setup.bus,
+        soft_limit=_alarm,
+        reporter=reporter,
+        follow=FollowUps(app.calls, app.tasks.get, reporter, settings.topology.prefix),
+        send_state=send_state,
+        ran=ran,
+    )
+
+
+def _one_at_a_time(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> None:
+    def send_state(tag: int, message: Envelope) -> None:
+        channel.sendall(pack_reports([state_of(tag, message)]))
+
+    runner, bus = _runner(setup, send_state, cell.end), setup.bus
     frames = FrameReader()
     monotonic = time.monotonic
     while data := channel.recv(_READ):
@@ -114,11 +131,10 @@ def _one_at_a_time(runner: Runner, channel: socket.socket, cell: Cell, bus: Bus)
 class _AsyncLoop:
     """Runs jobs as asyncio tasks on one loop, and sends their outcomes once a turn of the loop."""
 
-    def __init__(self, runner: Runner, channel: socket.socket, cell: Cell, bus: Bus) -> None:
-        self._runner = runner
+    def __init__(self, setup: ExecutorSetup, channel: socket.socket) -> None:
+        self._runner = _runner(setup, self._send_state, lambda: None)
         self._channel = channel
-        self._cell = cell
-        self._bus = bus
+        self._bus = setup.bus
         self._reports: list[Report] = []
         self._running: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
@@ -138,9 +154,16 @@ class _AsyncLoop:
 
     async def _one(self, job: Job) -> None:
         outcome, runtime = await self._runner.run_async(job)
+        self._report(report_of(job.tag, outcome, runtime))
+
+    def _report(self, report: Report) -> None:
         if not self._reports:
             self._loop.call_soon(self._flush)
-        self._reports.append(report_of(job.tag, outcome, runtime))
+        self._reports.append(report)
+
+    def _send_state(self, tag: int, message: Envelope) -> None:
+        # From any thread: plain functions run beside the loop.
+        self._loop.call_soon_threadsafe(self._report, state_of(tag, message))
 
     def _flush(self) -> None:
         reports, self._reports = self._reports, []

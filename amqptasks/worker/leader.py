@@ -22,41 +22,30 @@ from amqptasks.broker.link import Link, new_loop
 from amqptasks.broker.parameters import connection_parameters
 from amqptasks.broker.wire import encode_properties
 from amqptasks.errors import BrokerError, PublishError, Unroutable
-from amqptasks.events import Bus, TaskFailed
+from amqptasks.events import Bus
 from amqptasks.execution.job import header_limits
 from amqptasks.message import Envelope
 from amqptasks.outcome import Failed, GivenBack, Lost, Outcome, Postponed, Reason
-from amqptasks.worker.delivery import Delivery, Stage, header_crashes
+from amqptasks.worker.control import Command, News
+from amqptasks.worker.delivery import VERDICT_HEADER, Delivery, Stage, failure_event, header_crashes, header_verdict
 from amqptasks.worker.dispatch import Dispatcher
 from amqptasks.worker.effects import Effects
 from amqptasks.worker.executor import ExecutorSetup
 from amqptasks.worker.group import GroupPlan
 from amqptasks.worker.intake import examine
+from amqptasks.worker.joiner import Joiner
 from amqptasks.worker.prefetch import target_prefetch, worth_changing
 from amqptasks.worker.process import set_title
 from amqptasks.worker.settlement import Settlement
 
-__all__ = ["Command", "LeaderSetup", "News", "run_leader"]
+__all__ = ["LeaderSetup", "run_leader"]
 
 _TICK = 0.1
 _REOPEN_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
+_FOR_EVER = 365 * 86400.0
 
 _log = structlog.get_logger("amqptasks.worker")
-
-
-class Command:
-    """What the supervisor tells a leader, a byte each."""
-
-    DRAIN = b"D"
-    STOP = b"S"
-
-
-class News:
-    """What a leader tells the supervisor, a byte each."""
-
-    READY = b"R"
-    TOPOLOGY_MISSING = b"T"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +98,7 @@ class Leader:
         self._consume_link.watch(self._up, self._down)
         self._settlement = Settlement(
             self._consumer,
-            Effects(settings.topology.prefix, plan.queue, setup.hostname, plan.poison_limit, plan.dead_letters),
+            Effects(settings.topology.prefix, plan.queue, setup.hostname, plan.dead_letters),
             publish=self._publish,
             call_later=self._loop.call_later,
         )
@@ -121,6 +110,14 @@ class Leader:
             on_outcome=self._settlement.settle,
             on_death=self._died,
             hard_limit=self._hard_limit,
+            on_state=self._send_state,
+        )
+        self._joiner = Joiner(
+            setup.app.calls,
+            settings.topology.prefix,
+            lifetime=settings.result.expires or _FOR_EVER,
+            publish=self._publish,
+            call_later=self._loop.call_later,
         )
         self._connection: Any = None
         self._number = 0
@@ -161,6 +158,7 @@ class Leader:
         if self._draining:
             return
         self._draining = True
+        self._joiner.stop()
         self._consumer.stop(self._drained_from_broker)
 
     def _drained_from_broker(self) -> None:
@@ -170,7 +168,7 @@ class Leader:
     def _finish_when_idle(self) -> None:
         if self._stopping:
             return
-        if self._dispatcher.busy or self._settlement.settling:
+        if self._dispatcher.busy or self._settlement.settling or not self._joiner.idle:
             self._give_back_waiting()
             self._loop.call_later(0.02, self._finish_when_idle)
             return
@@ -184,7 +182,7 @@ class Leader:
         self._exit_code = code
         self._settlement.flush()
         for delivery in self._dispatcher.abandon():
-            self._settlement.settle(delivery, GivenBack())
+            self._settlement.settle(delivery, delivery.verdict or GivenBack())
         self._give_back_waiting()
         self._publish_link.close()
         self._consume_link.close()
@@ -209,12 +207,14 @@ class Leader:
     def _up(self, connection: Any) -> None:
         self._connection = connection
         self._consumer.open(connection)
+        self._joiner.up(connection)
 
     def _down(self, error: BrokerError | None) -> None:
         self._connection = None
         if error is not None and not self._stopping:
             _log.warning("Connection lost or refused; trying again", queue=self._plan.queue, error=str(error))
         self._consumer.connection_lost(str(error))
+        self._joiner.down(str(error))
 
     def _publish_down(self, error: BrokerError | None) -> None:
         if error is not None and not self._stopping:
@@ -255,6 +255,11 @@ class Leader:
 
         self._confirms.publish(envelope, encode_properties(envelope), confirmed)
 
+    def _send_state(self, envelope: Envelope) -> None:
+        """A state that is not final: sent if it can be sent now."""
+        if self._publish_link.is_open or not self._publish_opened:
+            self._publish(envelope, lambda _error: None)
+
     # -- messages -------------------------------------------------------------------------------------------------
 
     def _message(self, incoming: Incoming) -> None:
@@ -266,6 +271,11 @@ class Leader:
             return
         if incoming.redelivered and self._known(delivery):
             return
+        if VERDICT_HEADER in delivery.headers:
+            delivery.verdict = header_verdict(delivery.headers)
+        self._submit(delivery)
+
+    def _submit(self, delivery: Delivery) -> None:
         self._dispatcher.submit(delivery)
         if not self._pump_planned:
             # After all messages of this read: one batch, one write.
@@ -291,9 +301,23 @@ class Leader:
     def _refuse(self, delivery: Delivery, outcome: Outcome) -> None:
         if isinstance(outcome, Failed):
             self._report(delivery, outcome)
-        elif isinstance(outcome, Postponed):
+            self._conclude(delivery, outcome)
+            return
+        if isinstance(outcome, Postponed):
             _log.debug("Came before its time", queue=self._plan.queue, task_id=delivery.headers.get("id"))
         self._settlement.settle(delivery, outcome)
+
+    def _conclude(self, delivery: Delivery, failed: Failed) -> None:
+        """What failed without running: an executor tells those who wait, and then it is settled.
+
+        An executor reads the body for it, so one that dies of that does not get a second one.
+        """
+        if delivery.verdict is not None or failed.reason is Reason.UNDECODABLE or self._stopping:
+            self._settlement.settle(delivery, failed)
+            return
+        delivery.verdict = failed
+        delivery.stage = Stage.WAITING
+        self._submit(delivery)
 
     def _died(self, delivery: Delivery, outcome: Failed | Lost) -> None:
         if isinstance(outcome, Lost):
@@ -307,33 +331,27 @@ class Leader:
                 crashes=crashes,
                 limit=self._plan.poison_limit,
             )
-            if crashes >= self._plan.poison_limit:
-                self._report(delivery, Failed(Reason.POISON, "WorkerLost", outcome.description))
+            if delivery.verdict is not None:
+                self._settlement.settle(delivery, delivery.verdict)
+            elif crashes >= self._plan.poison_limit:
+                text = f"{outcome.description}; the task has cost {crashes} executors, the limit"
+                poison = Failed(Reason.POISON, "WorkerLost", text)
+                self._report(delivery, poison)
+                self._conclude(delivery, poison)
+            else:
+                self._settlement.settle(delivery, outcome)
         else:
             self._report(delivery, outcome)
-        self._settlement.settle(delivery, outcome)
+            self._conclude(delivery, outcome)
 
     def _report(self, delivery: Delivery, failed: Failed) -> None:
-        headers = delivery.headers
-        retries = headers.get("retries")
-        self._setup.bus.emit(
-            TaskFailed(
-                str(headers.get("task"))[:200],
-                str(headers.get("id"))[:200],
-                self._plan.queue,
-                (retries if isinstance(retries, int) else 0) + 1,
-                0.0,
-                failed.reason,
-                failed.message,
-                "",
-                None,
-                expected=True,
-            )
-        )
+        self._setup.bus.emit(failure_event(delivery, failed))
         self._setup.bus.flush()
 
     def _hard_limit(self, delivery: Delivery) -> float | None:
         headers = delivery.headers
+        if delivery.verdict is not None:
+            return None
         task = self._tasks[str(headers["task"])]
         return header_limits(headers)[0] or task.options.time_limit or self._setup.app.settings.worker.time_limit
 
@@ -377,4 +395,5 @@ class Leader:
     def _give_back_waiting(self) -> None:
         waiting = self._dispatcher.waiting
         while waiting:
-            self._settlement.settle(waiting.popleft(), GivenBack())
+            delivery = waiting.popleft()
+            self._settlement.settle(delivery, delivery.verdict or GivenBack())

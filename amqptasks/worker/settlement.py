@@ -85,13 +85,15 @@ class Settlement:
         if isinstance(outcome, GivenBack):
             self._give_back(delivery)
             return
-        envelope = self._effects.envelope(delivery, outcome)
-        if envelope is None:
+        envelopes = self._effects.envelopes(delivery, outcome)
+        if not envelopes:
             self._finish(delivery)
             return
         delivery.stage = Stage.SETTLING
         self.settling.add(delivery)
-        self._attempt(delivery, envelope, _RETRY_FIRST)
+        delivery.unconfirmed = len(envelopes)
+        for envelope in envelopes:
+            self._attempt(delivery, envelope, _RETRY_FIRST)
 
     def remembered(self, delivery: Delivery) -> Outcome | None:
         """The outcome of a redelivered message whose task has ended here already."""
@@ -102,8 +104,10 @@ class Settlement:
     def _attempt(self, delivery: Delivery, envelope: Envelope, delay: float) -> None:
         def done(error: PublishError | None) -> None:
             if error is None:
-                self.settling.discard(delivery)
-                self._confirmed(delivery)
+                delivery.unconfirmed -= 1
+                if delivery.unconfirmed == 0:
+                    self.settling.discard(delivery)
+                    self._confirmed(delivery)
                 return
             _log.error(
                 "The outcome of a task cannot be published; trying again",

@@ -23,8 +23,9 @@ from amqptasks.app import AmqpTasks
 from amqptasks.config import Settings
 from amqptasks.errors import AmqpTasksError, BrokerUnreachable
 from amqptasks.events import Bus
+from amqptasks.worker.control import Command, News
 from amqptasks.worker.group import GroupPlan
-from amqptasks.worker.leader import Command, LeaderSetup, News, run_leader
+from amqptasks.worker.leader import LeaderSetup, run_leader
 from amqptasks.worker.process import fork_child, open_descriptors
 
 __all__ = ["Interrupted", "Supervisor", "wait_for_broker"]

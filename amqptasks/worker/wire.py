@@ -8,32 +8,48 @@ from __future__ import annotations
 
 import marshal
 import struct
+from dataclasses import fields
 from typing import Any
 
 from amqptasks.execution.job import Job
+from amqptasks.message import Envelope
 from amqptasks.outcome import Discarded, Failed, GivenBack, Lost, Outcome, Postponed, Reason, Retrying, Succeeded
 
-__all__ = ["FrameReader", "Report", "pack_jobs", "pack_reports", "report_of", "unpack_jobs", "unpack_report"]
+__all__ = [
+    "STATE",
+    "FrameReader",
+    "Report",
+    "envelopes",
+    "pack_jobs",
+    "pack_reports",
+    "report_of",
+    "returned",
+    "state_of",
+    "unpack_jobs",
+    "unpack_report",
+    "unpack_reports",
+]
 
 _LENGTH = struct.Struct("!I")
 
 #: (tag, kind, run time in seconds, *fields of the outcome)
 Report = tuple[Any, ...]
+_FIELDS = [field.name for field in fields(Envelope)]
 
-_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED = range(6)
+_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED, STATE = range(7)
 
 
 def report_of(tag: int, outcome: Outcome, runtime: float) -> Report:
     """An outcome as a row of plain values."""
     match outcome:
-        case Succeeded():
-            return tag, _SUCCEEDED, runtime
-        case Retrying(delay, exception, message, body, queue, priority):
-            return tag, _RETRYING, runtime, delay, exception, message, body, queue, priority
-        case Failed(reason, exception, message, traceback):
-            return tag, _FAILED, runtime, str(reason), exception, message, traceback
-        case Discarded():
-            return tag, _DISCARDED, runtime
+        case Succeeded(messages):
+            return (tag, _SUCCEEDED, runtime, _rows(messages)) if messages else (tag, _SUCCEEDED, runtime)
+        case Retrying(delay, exception, message, body, queue, priority, messages):
+            return tag, _RETRYING, runtime, delay, exception, message, body, queue, priority, _rows(messages)
+        case Failed(reason, exception, message, traceback, messages):
+            return tag, _FAILED, runtime, str(reason), exception, message, traceback, _rows(messages)
+        case Discarded(messages):
+            return tag, _DISCARDED, runtime, _rows(messages)
         case GivenBack():
             return tag, _GIVEN_BACK, runtime
         case Postponed() | Lost():
@@ -45,8 +61,21 @@ def returned(tag: int) -> Report:
     return tag, RETURNED, 0.0
 
 
+def state_of(tag: int, message: Envelope) -> Report:
+    """The row of a state that is not final: a message that is sent while the task goes on."""
+    return tag, STATE, 0.0, _rows((message,))
+
+
+def _rows(messages: tuple[Envelope, ...]) -> list[tuple[Any, ...]]:
+    return [tuple(getattr(one, name) for name in _FIELDS) for one in messages]
+
+
+def envelopes(rows: list[tuple[Any, ...]]) -> tuple[Envelope, ...]:
+    """The messages of a report."""
+    return tuple(Envelope(*row) for row in rows)
+
+
 _DONE = Succeeded()
-_GONE = Discarded()
 _BACK = GivenBack()
 
 
@@ -54,13 +83,13 @@ def unpack_report(report: Report) -> Outcome | None:
     """The outcome of a row; None for a job that was returned unstarted."""
     kind = report[1]
     if kind == _SUCCEEDED:
-        return _DONE
+        return _DONE if len(report) == 3 else Succeeded(envelopes(report[3]))
     if kind == _RETRYING:
-        return Retrying(*report[3:])
+        return Retrying(*(*report[3:-1], envelopes(report[-1])))
     if kind == _FAILED:
-        return Failed(Reason(report[3]), *report[4:])
+        return Failed(Reason(report[3]), *(*report[4:-1], envelopes(report[-1])))
     if kind == _DISCARDED:
-        return _GONE
+        return Discarded(envelopes(report[3]))
     if kind == _GIVEN_BACK:
         return _BACK
     return None

@@ -1,0 +1,140 @@
+"""Telling who waits: results and states, as replies over AMQP or into the store.
+
+A reply is a message that the leader publishes before the ack. A store is written here, in the process that ran the
+task, before the outcome is reported: so nothing is acknowledged whose result was promised and not kept.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import structlog
+
+from amqptasks.errors import SerializationError, StoreUnavailable
+from amqptasks.message import Envelope
+from amqptasks.protocol.results import ResultMeta, decode_result, encode_result
+from amqptasks.request import Request
+from amqptasks.results.store import ResultStore
+from amqptasks.states import SUCCESS
+
+__all__ = ["Reporter", "result_meta"]
+
+_RETRY_FIRST, _RETRY_MAX = 0.2, 10.0
+_log = structlog.get_logger("amqptasks.worker")
+
+
+class Reporter:
+    """Results of the tasks of one executor.
+
+    Args:
+        replies: whether results are replies (``rpc://``).
+        store: where results are kept; None with replies, and where they are not kept.
+    """
+
+    def __init__(self, *, replies: bool, store: ResultStore | None) -> None:
+        self._replies = replies
+        self._store = store
+
+    @property
+    def blocks(self) -> bool:
+        """Whether a result is written by a call that waits for a server."""
+        return self._store is not None
+
+    def wanted(self, headers: dict[str, Any], reply_to: str | None) -> bool:
+        """Whether anybody gets this task's result."""
+        if headers.get("ignore_result"):
+            return False
+        return bool(reply_to) if self._replies else self._store is not None
+
+    def final(self, meta: ResultMeta, reply_to: str | None, encoded: bytes | None = None) -> Sequence[Envelope]:
+        """The messages that carry a result that will not change; into a store it is written at once.
+
+        A store that is away is tried for as long as it takes: the task need not run again for it.
+        """
+        encoded = encode_result(meta) if encoded is None else encoded
+        if self._replies:
+            return (_reply(meta.task_id, encoded, reply_to),) if reply_to else ()
+        store = self._store
+        if store is not None:
+            _persist(lambda: store.put(meta.task_id, encoded, ready=meta.ready), meta.task_id)
+        return ()
+
+    def state(self, meta: ResultMeta, reply_to: str | None) -> Envelope | None:
+        """A state on the way, once and best effort. Returns the message to send, if one is to be sent."""
+        encoded = encode_result(meta)
+        if self._replies:
+            return _reply(meta.task_id, encoded, reply_to) if reply_to else None
+        if self._store is not None:
+            try:
+                self._store.put(meta.task_id, encoded, ready=False)
+            except StoreUnavailable as error:
+                _log.warning("A task's state cannot be stored", task_id=meta.task_id, error=str(error))
+        return None
+
+    def success_of(self, task_id: str) -> ResultMeta | None:
+        """What the store knows of a task that has succeeded before; None where it has not, or cannot be told."""
+        if self._store is None:
+            return None
+        try:
+            found = self._store.get([task_id]).get(task_id)
+        except StoreUnavailable:
+            return None
+        meta = None if found is None else decode_result(found)
+        return meta if meta is not None and meta.status == SUCCESS else None
+
+    def ended(self, task_id: str) -> bool:
+        """Whether the store has a result of this task that will not change."""
+        if self._store is None:
+            return False
+        try:
+            found = self._store.get([task_id]).get(task_id)
+        except StoreUnavailable:
+            return False
+        return found is not None and decode_result(found).ready
+
+    def chord_part(self, group_id: str, index: int, member: bytes) -> list[bytes] | None:
+        """Count a part of a chord that Celery's own client started, in the store. Raises `SerializationError` where
+        the store does not count."""
+        count = getattr(self._store, "add_chord_part", None)
+        if count is None:
+            raise SerializationError(
+                "the message is a part of a chord that Celery counts in its result backend: set result.backend to the "
+                "same redis:// URL here, or start the chord with amqptasks"
+            )
+        found: list[list[bytes] | None] = []
+        _persist(lambda: found.append(count(group_id, index, member)), group_id)
+        return found[0]
+
+
+def result_meta(request: Request, state: str, result: Any, trace: str | None = None) -> ResultMeta:
+    """The result of the task of this request."""
+    return ResultMeta(
+        request.id or "",
+        state,
+        result,
+        trace or None,
+        list(request.children),
+        parent_id=request.parent_id,
+        group_id=request.group,
+    )
+
+
+def _reply(task_id: str, encoded: bytes, reply_to: str | None) -> Envelope:
+    # Not mandatory: a caller that is gone needs no answer.
+    return Envelope("", reply_to or "", encoded, message_id=task_id, correlation_id=task_id, mandatory=False)
+
+
+def _persist(write: Callable[[], None], what: str) -> None:
+    pause = _RETRY_FIRST
+    while True:
+        try:
+            write()
+        except StoreUnavailable as error:
+            _log.error("A result cannot be stored; trying again", task_id=what, error=str(error), seconds=pause)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, _RETRY_MAX)
+        else:
+            return

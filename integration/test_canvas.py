@@ -1,0 +1,289 @@
+"""Compositions on real workers: what follows a task follows it, whatever breaks."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import psutil
+import pytest
+
+from amqptasks import ChordError, ResultTimeout, Signature, chain, chord, group
+from amqptasks.message import Envelope
+from amqptasks.protocol import jsontypes
+from amqptasks.results import GroupResult
+from amqptasks.testing.waiting import wait_until
+from integration.apps import canvas
+from integration.apps.canvas import (
+    Declined,
+    add,
+    body,
+    counted,
+    failed_id,
+    fails,
+    grows,
+    identity,
+    ignored,
+    killed,
+    on_error,
+    on_error_by_id,
+    part,
+    retries,
+    seen,
+    slow,
+    spreads,
+    total,
+)
+from integration.conftest import CanvasBench
+
+JOINS = "amqptasks.joins"
+
+
+@pytest.fixture
+def running(desk: CanvasBench) -> CanvasBench:
+    """A bench whose worker runs."""
+    desk.caller()
+    desk.worker("default", "-c", "2")
+    return desk
+
+
+def parts(count: int) -> list[Signature]:
+    return [part.s(number) for number in range(count)]
+
+
+COMPOSITIONS: dict[str, tuple[Signature, Any]] = {
+    "chain": (add.s(1, 2) | add.s(3) | add.s(4), 10),
+    "immutable in a chain": (add.s(1, 2) | add.si(3, 4), 7),
+    "group": (group(add.s(number, 1) for number in range(5)), [1, 2, 3, 4, 5]),
+    "chord": (chord(parts(10), total.s()), 45),
+    "group, then a task": (group(parts(10)) | total.s() | add.s(5), 50),
+    "chord in a chain": (add.s(1, 1) | chord([add.s(1), add.s(2)], total.s()) | add.s(10), 17),
+    "chain of groups": (group(parts(3)) | group(total.s(), identity.s()), [3, [0, 1, 2]]),
+    "chain in a chord": (chord([add.s(1, 1) | add.s(1), add.s(2, 2)], total.s()), 7),
+    "chord of chords": (chord([chord(parts(3), total.s()), chord(parts(4), total.s())], total.s()), 9),
+    "group at the end of a part": (
+        chord([identity.s(42) | group(identity.s(), identity.s())], identity.s()),
+        [[42, 42]],
+    ),
+    "groups in groups": (group(add.si(1, 10), group(add.si(1, 100), group(add.si(1, 1000)))), [11, 101, 1001]),
+    "group in a chain in a group in a chain": (
+        chain(
+            add.si(1, 0),
+            group(add.si(1, 100), chain(add.si(1, 200), group(add.si(1, 1000), add.si(1, 2000)))),
+            add.si(1, 10),
+        ),
+        11,
+    ),
+    "body that is a chain": (chord(parts(4), total.s() | add.s(1) | add.s(1)), 8),
+    "body that is a group": (chord(parts(4), group(total.s(), identity.s())), [6, [0, 1, 2, 3]]),
+    "body that is a chord": (chord(parts(4), chord([total.s(), total.s()], total.s())), 12),
+    "nobody in the header": (chord([], total.s()), 0),
+    "map": (identity.map([1, 2]), [1, 2]),
+    "starmap, then a task": (add.starmap([(1, 2), (3, 4)]) | total.s(), 10),
+    "chunks": (add.chunks([(number, number) for number in range(5)], 2), [[0, 2], [4, 6], [8]]),
+    "chunks, then a task": (add.chunks([(1, 1), (2, 2), (3, 3)], 2) | identity.s(), [[2, 4], [6]]),
+    "replaced": (grows.s(5), 16),
+    "replaced in a chain": (grows.s(5) | add.s(100), 116),
+    "replaced in a chord": (chord([grows.s(5), grows.s(6)], total.s()), 33),
+    "replaced by a group in a chain": (spreads.s(3) | total.s(), 3),
+}
+
+
+def test_every_kind_of_composition_gives_its_value(running: CanvasBench) -> None:
+    sent = {name: (made.delay(), value) for name, (made, value) in COMPOSITIONS.items()}
+    assert {name: handle.get(20) for name, (handle, _) in sent.items()} == {
+        name: value for name, (_, value) in sent.items()
+    }
+    running.vhost.wait_settled(JOINS)
+
+
+def test_handles_know_their_parents_and_children(running: CanvasBench) -> None:
+    last = (add.s(1, 2) | add.s(3) | add.s(4)).delay()
+    assert last.get(10) == 10
+    assert last.parent is not None
+    assert last.parent.parent is not None
+    assert [last.parent.get(1), last.parent.parent.get(1), last.parent.parent.parent] == [6, 3, None]
+    assert last.parent.children == [last]
+    joined = (group(parts(3)) | total.s()).delay()
+    assert joined.get(10) == 3
+    assert isinstance(joined.parent, GroupResult)
+    assert joined.parent.get(1) == [0, 1, 2]
+    assert joined.parent.completed_count() == 3
+
+
+def test_callbacks_get_the_result_and_errbacks_the_error(running: CanvasBench) -> None:
+    linked = add.apply_async((1, 2), link=[seen.s(), add.s(10)])
+    assert linked.get(10) == 3
+    wait_until(lambda: any(e.event == "seen 3" for e in running.ledger.entries()), 10, "the callback ran")
+    assert len(linked.children) == 2
+    failed = fails.apply_async(link_error=[on_error.s(), on_error_by_id.s(), failed_id.s()])
+    with pytest.raises(Declined):
+        failed.get(10)
+
+    def events() -> set[str]:
+        return {entry.event for entry in running.ledger.entries() if entry.task_id == failed.id}
+
+    error = "Declined('always', 7)"
+    wait_until(lambda: len(events()) == 3, 10, lambda: f"all errbacks ran: {events()}")
+    assert events() == {f"on_error {error}", f"on_error_by_id {error}", "failed_id"}
+    retried = retries.s().on_error(on_error.s()).delay()
+    with pytest.raises(Declined, match="twice"):
+        retried.get(10)
+    assert len([entry for entry in running.ledger.entries() if entry.task_id == retried.id]) == 1
+
+
+def test_a_failure_ends_everything_that_waits_for_it(running: CanvasBench) -> None:
+    last = chain(add.s(1, 2), fails.s(), add.s(1), add.s(2)).delay()
+    with pytest.raises(Declined):
+        last.get(10)
+    assert (last.state, last.parent and last.parent.state) == ("FAILURE", "FAILURE")
+    whole = chord([part.s(1), fails.s(), part.s(2)], total.s().on_error(on_error.s())) | add.s(1)
+    handle = whole.delay()
+    with pytest.raises(ChordError, match=r"part 1 of the chord, task .*Declined\('always', 7\)"):
+        handle.get(10)
+    wait_until(lambda: [e for e in running.ledger.entries() if e.event.startswith("on_error ChordError")], 10, "told")
+    outer = chord([chord([fails.s(), part.s(1)], total.s()), part.s(2)], total.s()).delay()
+    with pytest.raises(ChordError):
+        outer.get(10)
+    running.vhost.wait_settled(JOINS)
+    letters = running.vhost.dead_letters("default", 3)
+    assert all(one["properties"]["headers"]["task"].endswith(".fails") for one in letters)
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (retries.s(), "twice"),
+        (killed.s(), "SIGKILL"),
+        (part.s(1).set(expires=0.0001), "expired"),
+        (ignored.s(), "raised Ignore"),
+        (Signature("nobody"), "nobody"),
+        (identity.s(1) | fails.s() | add.s(1), "Declined"),
+    ],
+    ids=["retries", "killed", "expired", "ignored", "unknown", "chain"],
+)
+def test_a_part_that_does_not_succeed_fails_its_chord_and_says_why(
+    running: CanvasBench, member: Signature, words: str
+) -> None:
+    handle = chord([part.s(0), member, part.s(2)], body.s()).delay()
+    with pytest.raises(ChordError, match=words):
+        handle.get(20)
+    running.vhost.wait_settled(JOINS)
+    assert not [entry for entry in running.ledger.entries() if entry.event.startswith("body")]
+
+
+@pytest.mark.parametrize("count", [10, 100, 5000])
+def test_chords_of_many_parts_complete(running: CanvasBench, count: int) -> None:
+    handle = chord(parts(count), body.s()).delay()
+    assert handle.get(60) == count
+    (entry,) = [entry for entry in running.ledger.entries() if entry.event.startswith("body")]
+    assert entry.event == "body " + ",".join(map(str, range(count)))
+    running.vhost.wait_settled(JOINS)
+
+
+def test_a_duplicate_part_counts_once(running: CanvasBench) -> None:
+    """A task may run again after its part was published: its process died before the ack."""
+    handle = chord([part.s(0), part.s(1), slow.si(1.5)], body.s()).delay()
+    app = running.client()
+    group_id = handle.parent.id
+    options = {"task_id": handle.id, "reply_to": canvas.app.client._publisher.reply_queue}
+    table = {"task": body.name, "options": options, "chord_size": 3, "join": group_id}
+    for index in (0, 1, 1, 0):
+        again = {"group": group_id, "index": index, "task_id": "x", "state": "SUCCESS", "result": index, "chord": table}
+        publisher = app.client._publisher
+        publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(again)))
+    assert handle.get(10) == 3
+    for late in (0, 2):
+        again = {"group": group_id, "index": late, "task_id": "x", "state": "SUCCESS", "result": 9, "chord": table}
+        publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(again)))
+    publisher.publish(Envelope("amqptasks", JOINS, b"nonsense"))
+    running.vhost.wait_settled(JOINS)
+    bodies = [entry.event for entry in running.ledger.entries() if entry.event.startswith("body")]
+    assert bodies == ["body 0,1,1.5"]
+
+
+@pytest.mark.timeout(240)
+def test_two_hundred_chords_complete_while_workers_are_killed(desk: CanvasBench) -> None:
+    """Executors, leaders and whole workers die at random; each body gets each part exactly once."""
+    seed = int(time.time())
+    dice = random.Random(seed)
+    print(f"seed {seed}")
+    desk.caller()
+    workers = [desk.worker("default", "-c", "2") for _ in range(2)]
+    stop = threading.Event()
+
+    def havoc() -> None:
+        while not stop.wait(dice.uniform(0.2, 0.6)):
+            worker = dice.choice(workers)
+            victims = dice.choice([worker.executors, worker.leaders])()
+            if victims:
+                try:
+                    dice.choice(victims).send_signal(signal.SIGKILL)
+                except psutil.NoSuchProcess:
+                    continue
+
+    killer = threading.Thread(target=havoc)
+    killer.start()
+    try:
+        handles = [chord([part.s(number, 0.05) for number in range(20)], body.s()).delay() for _ in range(200)]
+        for worker in workers[:1]:
+            worker.kill()
+        workers[0] = desk.worker("default", "-c", "2")
+        assert [handle.get(180) for handle in handles] == [20] * 200
+    finally:
+        stop.set()
+        killer.join()
+    bodies = [entry for entry in desk.ledger.entries() if entry.event.startswith("body")]
+    assert {entry.event for entry in bodies} == {"body " + ",".join(map(str, range(20)))}
+    ran = Counter(entry.task_id for entry in bodies)
+    assert set(ran) == {handle.id for handle in handles}
+    desk.vhost.wait_settled(JOINS, 30)
+    print(f"bodies that ran more than once: {sum(count > 1 for count in ran.values())} of 200")
+
+
+def test_parts_are_bundled_before_a_consumer_holds_too_many(running: CanvasBench) -> None:
+    """25 000 parts: more than the worker keeps as single messages. The bound is AMQP's, 65 535 unacknowledged."""
+    management = running.vhost.management
+    most = 0
+    handle = chord([part.s(0).set(countdown=12), *parts(24_999)], body.s()).delay()
+    until = time.monotonic() + 11
+    while time.monotonic() < until:
+        most = max(most, management.counts(JOINS)[1])
+        time.sleep(0.2)
+    assert most <= 21_500
+    assert handle.get(60) == 25_000
+    running.vhost.wait_settled(JOINS)
+
+
+def test_a_chord_that_never_completes_fails_when_its_time_is_over(desk: CanvasBench) -> None:
+    desk.settings["result"] = {"expires": 3}
+    desk.settings["queues"]["nobody"] = {}
+    desk.caller()
+    desk.worker("default", "-c", "2")
+    handle = chord([part.s(0), part.s(1).set(queue="nobody")], body.s()).delay()
+    with pytest.raises(ChordError, match="1 of 2 parts came within 3 s"):
+        handle.get(20)
+    desk.vhost.wait_settled(JOINS)
+
+
+def test_a_redelivered_task_sends_what_follows_under_the_same_ids(desk: CanvasBench) -> None:
+    """A follow-up that is published twice has one id, so that whoever counts can tell."""
+    desk.caller()
+    first = desk.worker("default", "-c", "1")
+    handle = (slow.si(1.0) | counted.si()).delay()
+    wait_until(lambda: desk.vhost.ready("default") == 0, 5, "it runs")
+    first.kill()
+    desk.worker("default", "-c", "1")
+    assert handle.get(20) == 1
+    assert {entry.task_id for entry in desk.ledger.entries() if entry.event == "counted"} == {handle.id}
+
+
+async def test_asyncio_callers_compose_too(running: CanvasBench) -> None:
+    handle = await (group(parts(5)) | total.s()).adelay()
+    assert await handle.aget(10) == 10
+    with pytest.raises(ResultTimeout):
+        await (await slow.s(5.0).adelay()).aget(0.1)

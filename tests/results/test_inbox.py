@@ -1,0 +1,165 @@
+"""Replies to a process: each finds who waits, and what nobody waits for does not pile up."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import threading
+import time
+
+import pytest
+
+from amqptasks import AsyncResult, GroupResult, ResultSet, ResultTimeout, ResultUnavailable
+from amqptasks.protocol.results import ResultMeta
+from amqptasks.request import Request, reset_current, set_current
+from amqptasks.results.inbox import ReplyInbox
+
+
+@pytest.fixture
+def inbox() -> ReplyInbox:
+    return ReplyInbox()
+
+
+def sent(inbox: ReplyInbox, task_id: str = "a") -> AsyncResult[int]:
+    inbox.expect(task_id)
+    return AsyncResult(task_id, inbox)
+
+
+def later(seconds: float, what) -> None:
+    threading.Timer(seconds, what).start()
+
+
+def done(task_id: str = "a", value: object = 1, status: str = "SUCCESS") -> ResultMeta:
+    return ResultMeta(task_id, status, value)
+
+
+def test_a_result_is_read_as_often_as_one_likes_in_any_order(inbox):
+    first, second = sent(inbox, "a"), sent(inbox, "b")
+    inbox.receive(done("b", 2))
+    later(0.05, lambda: inbox.receive(done("a", 1)))
+    assert (second.get(1), first.get(1), second.get(0), first.get(0)) == (2, 1, 2, 1)
+    assert (first.state, first.ready(), first.successful(), first.failed()) == ("SUCCESS", True, True, False)
+
+
+def test_waiting_ends_in_time(inbox):
+    waiting = sent(inbox)
+    started = time.monotonic()
+    with pytest.raises(ResultTimeout, match=r"task a has no result after 0.1 s") as caught:
+        waiting.get(timeout=0.1)
+    assert isinstance(caught.value, TimeoutError)
+    assert time.monotonic() - started < 0.5
+    with pytest.raises(ResultTimeout):
+        asyncio.run(waiting.aget(timeout=0.05))
+
+
+def test_a_state_on_the_way_is_seen_and_a_final_one_stays(inbox):
+    waiting = sent(inbox)
+    assert (waiting.state, waiting.info) == ("PENDING", None)
+    inbox.receive(done(status="PROGRESS", value={"done": 3}))
+    assert (waiting.state, waiting.info) == ("PROGRESS", {"done": 3})
+    inbox.receive(done(value=7))
+    inbox.receive(done(status="FAILURE", value=ValueError("a duplicate")))
+    inbox.receive(done(status="PROGRESS", value=None))
+    assert waiting.get(0) == 7
+
+
+def test_a_failure_is_raised_with_the_remote_traceback(inbox):
+    failed = sent(inbox)
+    inbox.receive(ResultMeta("a", "FAILURE", KeyError("k"), "Traceback of the task"))
+    for _ in range(2):
+        with pytest.raises(KeyError) as caught:
+            failed.get(1)
+        assert "Traceback of the task" in str(caught.value.__cause__)
+    assert isinstance(failed.get(propagate=False), KeyError)
+    assert failed.traceback == "Traceback of the task"
+
+
+def test_an_id_that_was_not_sent_from_here_is_told_at_once(inbox):
+    for ask in (lambda r: r.get(), lambda r: r.state, lambda r: r.ready()):
+        with pytest.raises(ResultUnavailable, match="sends results to the process that called"):
+            ask(AsyncResult("stranger", inbox))
+
+
+def test_a_handle_made_from_an_id_finds_what_was_sent_from_here(inbox):
+    inbox.expect("a")
+    inbox.receive(done())
+    gc.collect()
+    assert AsyncResult("a", inbox).get(0) == 1
+
+
+def test_what_nobody_holds_does_not_pile_up(inbox):
+    held = sent(inbox, "held")
+    for number in range(30_000):
+        inbox.expect(str(number))
+        if number % 2:
+            inbox.receive(done(str(number)))
+    inbox.receive(done("held", 5))
+    gc.collect()
+    assert len(inbox._pending) <= 10_000
+    assert len(inbox._ready) <= 1_000
+    assert len(inbox._slots) <= 11_001
+    assert held.get(0) == 5
+
+
+def test_who_waits_is_told_when_nothing_can_come(inbox):
+    waiting = sent(inbox)
+    later(0.05, lambda: inbox.gone("the queue expired", False))
+    with pytest.raises(ResultUnavailable, match="the queue expired"):
+        waiting.get(5)
+    with pytest.raises(ResultUnavailable, match="the queue expired"):
+        asyncio.run(waiting.aget(5))
+    assert sent(inbox, "next").state == "PENDING"
+    inbox.gone("access refused", True)
+    with pytest.raises(ResultUnavailable, match="access refused"):
+        sent(inbox, "third").get(5)
+
+
+def test_a_forked_child_is_told_that_the_parent_gets_the_replies(inbox):
+    waiting = sent(inbox)
+    child = os.fork()
+    if child == 0:
+        try:
+            waiting.get(5)
+        except ResultUnavailable as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    inbox.receive(done())
+    assert waiting.get(0) == 1
+
+
+def test_groups_give_values_in_order_and_as_they_come(inbox):
+    results = [sent(inbox, name) for name in "abc"]
+    group = GroupResult("g", results)
+    inbox.receive(done("c", 3))
+    assert (group.completed_count(), group.ready(), group.waiting(), len(group)) == (1, False, True, 3)
+    coming = group.iter(timeout=5)
+    assert next(coming) == (results[2], 3)
+    later(0.05, lambda: [inbox.receive(done("b", 2)), inbox.receive(done("a", 1))])
+    assert [value for _, value in coming] == [2, 1]
+    assert group.get(1) == group.join(1) == asyncio.run(group.aget(1)) == [1, 2, 3]
+    assert group.successful()
+    with pytest.raises(ResultTimeout, match="task d has"):
+        list(ResultSet([sent(inbox, "d")]).iter(timeout=0.05))
+    with pytest.raises(ResultUnavailable, match="keeps no groups"):
+        group.save()
+
+
+def test_forgetting_drops_it(inbox):
+    waiting = sent(inbox)
+    inbox.receive(done())
+    waiting.forget()
+    assert len(inbox._ready) == 0
+
+
+def test_a_task_does_not_wait_for_another(inbox):
+    waiting = sent(inbox)
+    inbox.receive(done())
+    token = set_current(Request(id="running", called_directly=False))
+    try:
+        with pytest.raises(RuntimeError, match="Use a chain"):
+            waiting.get(1)
+        assert waiting.get(1, disable_sync_subtasks=False) == 1
+    finally:
+        reset_current(token)
