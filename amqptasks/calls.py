@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,10 +95,12 @@ class Calls:
         """
         prepared = []
         for one in signatures:
-            callee = self.callee(one.task)
+            callee, options = self.callee(one.task), one.options
             if not check:
                 callee = NamedCallee(callee.name, callee.options)
-            prepared.append(self.prepare(callee, one.args, one.kwargs, **one.options))
+                # Celery's clients put more into a signature's options than they send.
+                options = {name: value for name, value in options.items() if name in _OPTIONS}
+            prepared.append(self.prepare(callee, one.args, one.kwargs, **options))
         return prepared
 
     def prepare(
@@ -201,6 +204,9 @@ class Calls:
         headers.expires = datetime.now(UTC) + timedelta(seconds=left)
         # Never on a delayed message: a level of the ladder would let it go early (RabbitMQ, per-message TTL).
         return str(max(0, int(left * 1000))) if headers.eta is None else None
+
+
+_OPTIONS = frozenset(inspect.signature(Calls.prepare).parameters) - {"self", "callee", "args", "kwargs"}
 
 
 def _routed_as(name: str, kwargs: Mapping[str, Any], shadow: str | None) -> str:

@@ -28,6 +28,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from integration.apps import canvas
 from integration.apps.ledger import PATH_VARIABLE, Ledger
+from integration.store_servers import stop_servers
 
 ROOT = Path(__file__).resolve().parents[1]
 _IMAGE = os.environ.get("AMQPTASKS_TEST_IMAGE", "rabbitmq:3.13-management")
@@ -248,6 +249,12 @@ def bench(vhost: VirtualHost, tmp_path: Path) -> Iterator[Bench]:
     made = Bench(vhost, tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _store_servers() -> Iterator[None]:
+    yield
+    stop_servers()
 
 
 class CanvasBench(Bench):

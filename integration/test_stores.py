@@ -22,34 +22,11 @@ from amqptasks.results.access import StoredResults
 from amqptasks.results.store import ResultStore
 from amqptasks.results.stores import open_store
 from amqptasks.testing.rabbitmq import free_port
-from amqptasks.testing.servers import MariaDBServer, MemcachedServer, PostgresServer, RedisServer, Server
+from integration.store_servers import MONGODB, SERVERS, server_of
 
-SERVERS: dict[str, type[Server]] = {
-    "redis": RedisServer,
-    "postgresql": PostgresServer,
-    "mysql": MariaDBServer,
-    "memcached": MemcachedServer,
-}
-MONGODB = os.environ.get("AMQPTASKS_TEST_MONGODB_URL")
 KINDS = [*SERVERS, "sqlite", *(["mongodb"] if MONGODB else [])]
 
 TABLES = "amqptasks_results, amqptasks_groups, amqptasks_schema"
-_running: dict[str, Server] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stop_servers() -> Iterator[None]:
-    """Those that a test has started end with the module."""
-    yield
-    for server in _running.values():
-        server.__exit__(None, None, None)
-    _running.clear()
-
-
-def server_of(kind: str) -> Server:
-    if kind not in _running:
-        _running[kind] = SERVERS[kind]().__enter__()
-    return _running[kind]
 
 
 @pytest.fixture(params=KINDS)
