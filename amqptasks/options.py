@@ -68,8 +68,15 @@ class TaskOptions:
     acks_late: bool = True
 
     def merged(self, settings: Mapping[str, Any]) -> TaskOptions:
-        """These options with those of the settings file on top."""
-        return replace(self, **settings) if settings else self
+        """These options with those of the settings file on top. Raises `ConfigError` where the two do not fit."""
+        if not settings:
+            return self
+        merged = replace(self, **settings)
+        try:
+            _check(merged)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"tasks: with the options of the code, {error}") from None
+        return merged
 
 
 _NAMES = [field.name for field in fields(TaskOptions)]

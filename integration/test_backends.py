@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -37,6 +39,22 @@ from integration.apps.canvas import (
 from integration.apps.ledger import PATH_VARIABLE
 from integration.conftest import ROOT, CanvasBench
 from integration.store_servers import MONGODB, SERVERS, server_of
+
+# Celery's client leaves sockets to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collect_what_celery_leaves() -> Iterator[None]:
+    """Here, and not in the middle of another test."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
 
 BACKENDS = ["rpc", *SERVERS, "sqlite", *(["mongodb"] if MONGODB else [])]
 TASKS = "integration.apps.canvas"
@@ -175,8 +193,7 @@ def sender(desk: CanvasBench, both: str) -> Iterator[celery.Celery]:
     app.close()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_celerys_client_gets_results_from_our_worker(sender: celery.Celery, both: str, desk: CanvasBench) -> None:
     def sig(name: str, *args: Any, **options: Any) -> Any:
         return sender.signature(f"{TASKS}.{name}", args=args, **options)

@@ -332,9 +332,10 @@ def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: B
     hostile = EncodedProperties(struct.pack(">HI", 1 << 13, len(table)) + table)
     published.append((body, hostile))
     ids = set()
+    published *= 50
     for payload, properties in published:
         channel.basic_publish("amqptasks", "default", payload, properties)
-        ids.add(bench.send(app, "note"))
+        ids.add(bench.send(app, "note", ignore_result=True))
     connection.close()
     worker = bench.worker("default", "-c", "2", "--prefetch", "4")
     pids = {process.pid for process in worker.leaders()}

@@ -17,6 +17,7 @@ import pytest
 
 from amqptasks import AsyncResult, RemoteError, ResultTimeout, ResultUnavailable, TaskRevoked
 from amqptasks.errors import InvalidArguments, SerializationError, TimeLimitExceeded, UnknownTask, WorkerLost
+from amqptasks.message import Envelope
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.waiting import wait_until
 from integration.apps import canvas
@@ -165,6 +166,16 @@ def test_a_reply_queue_that_somebody_deletes_is_told_to_those_who_wait(desk: Can
         waiting.get(20)
     wait_until(lambda: reply_queues(desk), 10, "the queue is declared again")
     assert canvas.add.delay(1, 2).get(10) == 3
+
+
+def test_a_stray_message_in_the_reply_queue_harms_nobody(desk: CanvasBench) -> None:
+    desk.caller()
+    desk.worker("default", "-c", "2")
+    assert canvas.add.delay(1, 2).get(10) == 3
+    (queue,) = reply_queues(desk)
+    for body in (b"", b"nonsense", b"[]", b'{"status": "SUCCESS"}'):
+        canvas.app.client._publisher.publish(Envelope("", queue, body))
+    assert canvas.add.delay(3, 4).get(10) == 7
 
 
 CLIENT = """

@@ -169,6 +169,13 @@ def test_what_is_not_offered_yet_says_so_at_once(app: AmqpTasks) -> None:
         AsyncResult("abc", app.results).revoke()
 
 
+def test_limits_of_code_and_file_must_fit_together() -> None:
+    app = AmqpTasks("limits", config={"tasks": {"shop.*": {"time_limit": 10}}})
+    task = app.task(name="shop.x", soft_time_limit=20)(lambda: None)
+    with pytest.raises(ConfigError, match=r"soft_time_limit \(20\) must be below time_limit \(10.0\)"):
+        assert task.options
+
+
 def test_a_result_that_cannot_be_there_is_told_at_once() -> None:
     nowhere = AmqpTasks("nowhere", config={"result": {"backend": "none"}})
     for ask in (lambda r: r.get(), lambda r: r.state, lambda r: r.ready()):

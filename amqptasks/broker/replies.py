@@ -7,6 +7,7 @@ replicated one would cost every reply a round of agreement.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from amqptasks.broker.link import Link
 
 __all__ = ["EXPIRES_SECONDS", "Replies"]
 
+logger = logging.getLogger(__name__)
 #: How long the queue outlives its process, and a lost connection may last before replies are lost.
 EXPIRES_SECONDS = 300
 #: A caller that does not keep up loses its oldest replies before the broker runs out of memory.
@@ -132,7 +134,10 @@ class Replies:
             then()
 
     def _message(self, channel: Any, method: Any, _properties: Any, body: bytes) -> None:
-        self._on_reply(body)
+        try:
+            self._on_reply(body)
+        except Exception:  # what is no result must not end the thread that publishes
+            logger.exception("A message in the reply queue is no result; dropped")
         self._tag = method.delivery_tag
         self._unacked += 1
         if self._unacked >= _ACK_EVERY:

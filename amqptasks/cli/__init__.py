@@ -18,6 +18,7 @@ __all__ = ["cli", "main"]
 _COMMANDS = {
     "worker": ("amqptasks.cli.worker_cmd", "worker_command", "Run tasks: one process group per queue."),
     "call": ("amqptasks.cli.call_cmd", "call_command", "Call a task by name and print its id."),
+    "result": ("amqptasks.cli.result_cmd", "result_command", "Show a task's result."),
     "config": ("amqptasks.cli.config_cmd", "config_group", "Check, show or describe the configuration."),
     "routes": ("amqptasks.cli.routes_cmd", "routes_group", "Show where a task would go, and why."),
 }

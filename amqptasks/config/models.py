@@ -255,7 +255,7 @@ class ResultSettings(_Model):
     """Where results go."""
 
     backend: ResultBackend = Field(
-        "rpc://", description="rpc:// redis:// postgresql:// mysql:// sqlite:/// memcached:// none"
+        "rpc://", description="rpc:// redis:// postgresql:// mysql:// sqlite:/// memcached:// mongodb:// none"
     )
     expires: Seconds = Field(86400.0, description="How long results are kept.")
 

@@ -79,7 +79,7 @@ class Failures:
         revoked = reason in (Reason.EXPIRED, Reason.REVOKED)
         kind = TaskRevoked if revoked else _VERDICTS.get(exception, RemoteError)
         messages: tuple[Envelope, ...] = ()
-        if not self._reporter.ended(request.id or ""):
+        if self._reporter.ended(request.id or "") is None:
             messages = self._news(job, request, embed, kind(message), "", REVOKED if revoked else FAILURE)
         if exception == ChordError.__name__:
             return Discarded(messages)  # the part that failed stands in a dead-letter queue

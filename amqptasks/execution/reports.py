@@ -18,7 +18,6 @@ from amqptasks.message import Envelope
 from amqptasks.protocol.results import ResultMeta, decode_result, encode_result
 from amqptasks.request import Request
 from amqptasks.results.store import ResultStore
-from amqptasks.states import SUCCESS
 
 __all__ = ["Reporter", "result_meta"]
 
@@ -74,8 +73,8 @@ class Reporter:
                 _log.warning("A task's state cannot be stored", task_id=meta.task_id, error=str(error))
         return None
 
-    def success_of(self, task_id: str) -> ResultMeta | None:
-        """What the store knows of a task that has succeeded before; None where it has not, or cannot be told."""
+    def ended(self, task_id: str) -> ResultMeta | None:
+        """What the store knows of a task that has ended; None where it has not, or cannot be told."""
         if self._store is None:
             return None
         try:
@@ -83,17 +82,7 @@ class Reporter:
         except StoreUnavailable:
             return None
         meta = None if found is None else decode_result(found)
-        return meta if meta is not None and meta.status == SUCCESS else None
-
-    def ended(self, task_id: str) -> bool:
-        """Whether the store has a result of this task that will not change."""
-        if self._store is None:
-            return False
-        try:
-            found = self._store.get([task_id]).get(task_id)
-        except StoreUnavailable:
-            return False
-        return found is not None and decode_result(found).ready
+        return meta if meta is not None and meta.ready else None
 
     def chord_part(self, group_id: str, index: int, member: bytes) -> list[bytes] | None:
         """Count a part of a chord that Celery's own client started, in the store. Raises `SerializationError` where

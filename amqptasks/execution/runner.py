@@ -186,10 +186,12 @@ class Runner:
             return self._failures.failed(job, request, body.embed, error, Reason.INVALID_ARGUMENTS)
         except Exception as error:
             return self._failures.failed(job, request, body.embed, error, Reason.UNDECODABLE)
-        if job.redelivered and (known := self._reporter.success_of(request.id or "")) is not None:
-            # It has run, and what it returned is kept: what follows it may not have been sent.
-            return self._succeeded(Call(task, request, args, kwargs, body, job), known.result, 0.0, known)
         call = Call(task, request, args, kwargs, body, job)
+        if job.redelivered:
+            known = self._reporter.ended(request.id or "")
+            if known is not None and known.status == SUCCESS:
+                # It has run, and what it returned is kept: what follows it may not have been sent.
+                return self._succeeded(call, known.result, 0.0, known)
         if self._reporter.wanted(headers, job.reply_to):
             request.on_state = lambda state, meta: self._state(call, state, meta)
             if task.options.track_started:
