@@ -270,6 +270,18 @@ def test_a_chord_that_never_completes_fails_when_its_time_is_over(desk: CanvasBe
     desk.vhost.wait_settled(JOINS)
 
 
+def test_a_body_that_is_no_signature_is_told_and_dropped_when_its_time_is_over(desk: CanvasBench) -> None:
+    desk.settings["result"] = {"expires": 3}
+    app = desk.caller()
+    worker = desk.worker("default", "-c", "2")
+    for number, table in enumerate(({"task": 5, "chord_size": 1}, {"task": "x", "args": 7, "chord_size": 1}, "text")):
+        one = {"group": f"g{number}", "index": 0, "task_id": "t", "state": "SUCCESS", "result": 1, "chord": table}
+        app.client._publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(one)))
+    assert chord(parts(3), body.s()).delay().get(10) == 3
+    wait_until(lambda: "cannot be sent; its parts wait" in worker.log, 10, "the worker says so")
+    desk.vhost.wait_settled(JOINS, 30)
+
+
 def test_a_redelivered_task_sends_what_follows_under_the_same_ids(desk: CanvasBench) -> None:
     """A follow-up that is published twice has one id, so that whoever counts can tell."""
     desk.caller()

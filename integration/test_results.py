@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from decimal import Decimal
 
 import psutil
@@ -166,6 +167,19 @@ def test_a_reply_queue_that_somebody_deletes_is_told_to_those_who_wait(desk: Can
         waiting.get(20)
     wait_until(lambda: reply_queues(desk), 10, "the queue is declared again")
     assert canvas.add.delay(1, 2).get(10) == 3
+
+
+def test_a_user_who_may_not_have_a_reply_queue_is_told_when_asking(
+    desk: CanvasBench, restricted_user: Callable[[str, str, str], str]
+) -> None:
+    desk.caller().declare()
+    canvas.app.close()
+    desk.worker("default", "-c", "2")
+    desk.caller(restricted_user("^amqptasks", "^amqptasks", "^amqptasks"))
+    result = canvas.counted.delay()
+    wait_until(lambda: result.id in desk.ledger.ids("counted"), 10, "the task runs all the same")
+    with pytest.raises(ResultUnavailable, match=r"the reply queue cannot be used: ACCESS_REFUSED.*reply"):
+        result.get(5)
 
 
 def test_a_stray_message_in_the_reply_queue_harms_nobody(desk: CanvasBench) -> None:

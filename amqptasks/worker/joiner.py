@@ -200,7 +200,8 @@ class Joiner:
         if len(chord.parts) >= chord.size and group_id in self._chords:
             if not chord.sent:
                 self._complete(group_id, chord)
-            self._settle(group_id, chord)
+            if chord.sent:
+                self._settle(group_id, chord)
 
     def _bundle(self) -> None:
         """Put the oldest parts into one message, and acknowledge theirs when it is confirmed."""
@@ -266,7 +267,14 @@ class Joiner:
                     }
             envelopes = [one.envelope for one in self._calls.prepare_all(sent, check=False)]
         except (AmqpTasksError, ValueError, TypeError, AttributeError) as error:
-            _log.error("A chord's body cannot be sent", group_id=group_id, error=str(error)[:500])
+            # Its parts stay where they are, for a worker whose settings know the body's queue.
+            _log.error(
+                "A chord's body cannot be sent; its parts wait for a worker that can",
+                group_id=group_id,
+                body=chord.body.get("task"),
+                error=str(error)[:500],
+            )
+            chord.sent = False
             return
         chord.unconfirmed = len(envelopes)
         for envelope in envelopes:
