@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import sys
@@ -294,9 +295,13 @@ class AmqpTasks:
             self.results.close()
 
     async def aclose(self) -> None:
-        """Close the connection of this event loop, if it was opened."""
+        """Close the connection of this event loop and those of this process, if they were opened.
+
+        An asyncio server may end by a signal without Python's exit handlers: have its shutdown call this.
+        """
         if "client" in self.__dict__:
             await self.client.aclose()
+        await asyncio.to_thread(self.close)
 
     def _task_named(self, name: str) -> AnyTask | None:
         return self.tasks.get(name)

@@ -7,6 +7,7 @@ engine answers and has the image, else a private node of the installed RabbitMQ.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import pika
 import pytest
 import yaml
 
@@ -257,6 +259,9 @@ def _store_servers() -> Iterator[None]:
     stop_servers()
 
 
+JOINS = "amqptasks.joins"
+
+
 class CanvasBench(Bench):
     """The bench with the tasks of `integration.apps.canvas`, and its app as the client."""
 
@@ -272,6 +277,32 @@ class CanvasBench(Bench):
         canvas.app._overrides.clear()
         canvas.app.configure(config=self.config, broker=url)
         return canvas.app
+
+    def stop_workers(self) -> None:
+        """Stop them as an operator would."""
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.stop()
+
+    def wait_joined(self, chords: int, *, again: int = 0) -> None:
+        """Wait until the queue of parts holds nothing but the markers of so many chords. Ends the workers.
+
+        So many chords may have been marked once more.
+        """
+        counts = self.vhost.management.counts
+        wait_until(lambda: 1 <= sum(counts(JOINS)) <= chords + again, 20, lambda: f"{JOINS} holds {counts(JOINS)}")
+        self.stop_workers()
+        wait_until(lambda: self.vhost.unacked(JOINS) == 0, 10, "the workers gave the markers back", pause=0.1)
+        connection = pika.BlockingConnection(pika.URLParameters(self.vhost.url))
+        tables = []
+        # A quorum queue with a single active consumer refuses basic.get.
+        for _, _, body in connection.channel().consume(JOINS, inactivity_timeout=0.5):
+            if body is None:
+                break
+            tables.append(json.loads(body))
+        connection.close()
+        assert all(list(table) == ["done"] for table in tables), tables
+        assert len({chord for table in tables for chord in table["done"]}) == chords
 
 
 @pytest.fixture

@@ -38,9 +38,7 @@ from integration.apps.canvas import (
     spreads,
     total,
 )
-from integration.conftest import CanvasBench
-
-JOINS = "amqptasks.joins"
+from integration.conftest import JOINS, CanvasBench
 
 
 @pytest.fixture
@@ -49,6 +47,9 @@ def running(desk: CanvasBench) -> CanvasBench:
     desk.caller()
     desk.worker("default", "-c", "2")
     return desk
+
+
+KILLS = 100
 
 
 def parts(count: int) -> list[Signature]:
@@ -98,7 +99,7 @@ def test_every_kind_of_composition_gives_its_value(running: CanvasBench) -> None
     assert {name: handle.get(20) for name, (handle, _) in sent.items()} == {
         name: value for name, (_, value) in sent.items()
     }
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(19)
 
 
 def test_handles_know_their_parents_and_children(running: CanvasBench) -> None:
@@ -149,7 +150,7 @@ def test_a_failure_ends_everything_that_waits_for_it(running: CanvasBench) -> No
     outer = chord([chord([fails.s(), part.s(1)], total.s()), part.s(2)], total.s()).delay()
     with pytest.raises(ChordError):
         outer.get(10)
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(3)
     letters = running.vhost.dead_letters("default", 3)
     assert all(one["properties"]["headers"]["task"].endswith(".fails") for one in letters)
 
@@ -172,7 +173,7 @@ def test_a_part_that_does_not_succeed_fails_its_chord_and_says_why(
     handle = chord([part.s(0), member, part.s(2)], body.s()).delay()
     with pytest.raises(ChordError, match=words):
         handle.get(20)
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(1)
     assert not [entry for entry in running.ledger.entries() if entry.event.startswith("body")]
 
 
@@ -182,7 +183,7 @@ def test_chords_of_many_parts_complete(running: CanvasBench, count: int) -> None
     assert handle.get(60) == count
     (entry,) = [entry for entry in running.ledger.entries() if entry.event.startswith("body")]
     assert entry.event == "body " + ",".join(map(str, range(count)))
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(1)
 
 
 def test_a_duplicate_part_counts_once(running: CanvasBench) -> None:
@@ -201,7 +202,7 @@ def test_a_duplicate_part_counts_once(running: CanvasBench) -> None:
         again = {"group": group_id, "index": late, "task_id": "x", "state": "SUCCESS", "result": 9, "chord": table}
         publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(again)))
     publisher.publish(Envelope("amqptasks", JOINS, b"nonsense"))
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(1)
     bodies = [entry.event for entry in running.ledger.entries() if entry.event.startswith("body")]
     assert bodies == ["body 0,1,1.5"]
 
@@ -217,7 +218,9 @@ def test_two_hundred_chords_complete_while_workers_are_killed(desk: CanvasBench)
     stop = threading.Event()
 
     def havoc() -> None:
-        while not stop.wait(dice.uniform(0.2, 0.6)):
+        for _ in range(KILLS):
+            if stop.wait(dice.uniform(0.2, 0.6)):
+                return
             worker = dice.choice(workers)
             victims = dice.choice([worker.executors, worker.leaders])()
             if victims:
@@ -241,8 +244,30 @@ def test_two_hundred_chords_complete_while_workers_are_killed(desk: CanvasBench)
     assert {entry.event for entry in bodies} == {"body " + ",".join(map(str, range(20)))}
     ran = Counter(entry.task_id for entry in bodies)
     assert set(ran) == {handle.id for handle in handles}
-    desk.vhost.wait_settled(JOINS, 30)
+    desk.vhost.wait_settled("default", 30)
+    desk.wait_joined(200, again=KILLS)
     print(f"bodies that ran more than once: {sum(count > 1 for count in ran.values())} of 200")
+
+
+def test_a_part_that_comes_again_after_its_chord_was_done_is_dropped_by_the_next_joiner(desk: CanvasBench) -> None:
+    """The joiner that knew the chord is gone; what it knew is in the queue."""
+    app = desk.caller()
+    first = desk.worker("default", "-c", "1")
+    table = {"task": body.name, "options": {"task_id": "the-body"}, "chord_size": 2, "join": "g"}
+
+    def send(index: int) -> None:
+        one = {"group": "g", "index": index, "task_id": "t", "state": "SUCCESS", "result": index, "chord": table}
+        app.client._publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(one)))
+
+    send(0)
+    send(1)
+    wait_until(lambda: desk.ledger.entries(), 10, "the body ran")
+    wait_until(lambda: sum(desk.vhost.management.counts(JOINS)) == 1, 10, "only the marker is left", pause=0.1)
+    first.kill()
+    send(0)
+    desk.worker("default", "-c", "1")
+    desk.wait_joined(1)
+    assert [entry.task_id for entry in desk.ledger.entries()] == ["the-body"]
 
 
 def test_parts_are_bundled_before_a_consumer_holds_too_many(running: CanvasBench) -> None:
@@ -256,7 +281,7 @@ def test_parts_are_bundled_before_a_consumer_holds_too_many(running: CanvasBench
         time.sleep(0.2)
     assert most <= 21_500
     assert handle.get(60) == 25_000
-    running.vhost.wait_settled(JOINS)
+    running.wait_joined(1)
 
 
 def test_a_chord_that_never_completes_fails_when_its_time_is_over(desk: CanvasBench) -> None:

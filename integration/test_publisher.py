@@ -29,7 +29,7 @@ from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode, free_port
 from amqptasks.testing.waiting import wait_until
 from amqptasks.topology.entities import Queue, Topology, freeze_arguments
-from integration.conftest import ROOT, Bench, VirtualHost
+from integration.conftest import Bench, VirtualHost
 
 
 def waiting_ids(bench: Bench, count: int) -> list[str]:
@@ -201,55 +201,6 @@ def test_processes_forked_after_a_publish_have_connections_of_their_own(bench: B
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     app.send_task("shop.charge")
     assert bench.vhost.ready("default") == 502
-
-
-def test_gunicorn_with_preload_publishes_from_every_worker(bench: Bench) -> None:
-    port = free_port()
-    (bench.folder / "shopweb.py").write_text(
-        textwrap.dedent(f"""
-        import os
-        from amqptasks import AmqpTasks
-
-        tasks = AmqpTasks("web", config={str(bench.config)!r})
-        tasks.send_task("shop.charge")  # before the fork
-
-        def application(environ, start_response):
-            task_id = tasks.send_task("shop.charge").id
-            start_response("200 OK", [("Content-Type", "text/plain")])
-            return [f"{{os.getpid()}} {{task_id}}".encode()]
-        """)
-    )
-    command = [sys.executable, "-m", "gunicorn", "--preload", "-w", "3", "--threads", "2", "-b", f"127.0.0.1:{port}"]
-    log = (bench.folder / "gunicorn.log").open("wb")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (
-        log,
-        subprocess.Popen([*command, "shopweb"], cwd=bench.folder, stdout=log, stderr=log, env=environment) as server,
-    ):
-        try:
-            pids, ids = set(), set()
-            wait_until(lambda: _get(port) is not None, 20, "gunicorn answers")
-            with ThreadPoolExecutor(6) as pool:
-                for answer in pool.map(lambda _: _get(port), range(300)):
-                    assert answer is not None, (bench.folder / "gunicorn.log").read_text()
-                    pid, task_id = answer.split()
-                    pids.add(pid)
-                    ids.add(task_id)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(20)
-    assert len(pids) == 3
-    assert ids <= set(waiting_ids(bench, 10_000))
-
-
-def _get(port: int) -> str | None:
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
-            return str(answer.read().decode())
-    except OSError:
-        return None
 
 
 def test_a_program_that_published_ends_by_itself(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,11 +27,10 @@ from amqptasks.protocol.results import error_from_wire
 from amqptasks.states import SUCCESS
 from amqptasks.topology.build import joins_queue
 from amqptasks.worker.delivery import VERDICT_HEADER
+from amqptasks.worker.finished import Finished
 
 __all__ = ["Joiner"]
 
-#: Chords that are done: a part that comes once more, after a lost connection, is not the first of a new chord.
-_REMEMBERED = 20_000
 _TICK_SECONDS = 5.0
 _REOPEN_SECONDS = 1.0
 _MISSING_SECONDS = 15.0
@@ -100,7 +99,7 @@ class Joiner:
         self._stopped = False
         self._chords: dict[str, _Chord] = {}
         self._sending: dict[str, _Chord] = {}
-        self._done: OrderedDict[str, None] = OrderedDict()
+        self._finished = Finished(self._to_own_queue, call_later, lifetime=lifetime)
         #: Messages of one part, oldest first, to be bundled when there are too many.
         self._singles: deque[_Held] = deque()
         self._bundling = False
@@ -136,6 +135,7 @@ class Joiner:
     def _lost(self, reason: str, missing: bool) -> None:
         self._chords.clear()
         self._singles.clear()
+        self._finished.lost()
         for chord in self._sending.values():
             chord.held.clear()
         if missing:
@@ -150,6 +150,7 @@ class Joiner:
         if self._stopped:
             return
         self._call_later(_TICK_SECONDS, self._tick)
+        self._finished.tick()
         now = time.monotonic()
         for group_id, chord in list(self._chords.items()):
             if now - chord.since > self._lifetime:
@@ -163,6 +164,9 @@ class Joiner:
         held = _Held(incoming)
         try:
             table = jsontypes.loads(incoming.body)
+            if "done" in table:
+                self._marker(held, table["done"])
+                return
             if "chords" in table:
                 for group_id, one in table["chords"].items():
                     for index, value in one["parts"]:
@@ -187,7 +191,7 @@ class Joiner:
     def _part(
         self, held: _Held, group_id: str, index: int, value: Any, failure: str | None, body: Mapping[str, Any]
     ) -> None:
-        if group_id in self._done:
+        if group_id in self._finished:
             return
         chord = self._sending.get(group_id) or self._chords.get(group_id)
         if chord is None:
@@ -202,6 +206,19 @@ class Joiner:
                 self._complete(group_id, chord)
             if chord.sent:
                 self._settle(group_id, chord)
+
+    def _marker(self, held: _Held, done: Mapping[str, float]) -> None:
+        self._finished.message(done, lambda: self._ack(held))
+        for group_id in done:
+            # Parts that came again before the marker did.
+            chord = self._chords.pop(group_id, None)
+            if chord is not None:
+                self._let_go(chord)
+
+    def _to_own_queue(self, table: Mapping[str, Any], done: Callable[[PublishError | None], None]) -> None:
+        self._publish(
+            Envelope(self._prefix, self._consumer.queue, jsontypes.dumps(table), correlation_id=str(uuid.uuid4())), done
+        )
 
     def _bundle(self) -> None:
         """Put the oldest parts into one message, and acknowledge theirs when it is confirmed."""
@@ -221,8 +238,6 @@ class Joiner:
             size += held.size
         if not batch:
             return
-        queue = self._consumer.queue
-        envelope = Envelope(self._prefix, queue, jsontypes.dumps({"chords": chords}), correlation_id=str(uuid.uuid4()))
         self._bundling = True
 
         def done(error: PublishError | None) -> None:
@@ -235,7 +250,7 @@ class Joiner:
             self._singles.extendleft(reversed(batch))
             self._call_later(_RETRY_FIRST, self._bundle)
 
-        self._publish(envelope, done)
+        self._to_own_queue({"chords": chords}, done)
 
     def _ack(self, held: _Held) -> None:
         if not held.acknowledged:
@@ -285,7 +300,7 @@ class Joiner:
             if error is None:
                 chord.unconfirmed -= 1
                 if chord.unconfirmed == 0 and group_id in self._sending:
-                    self._acknowledge(group_id, chord)
+                    self._finished.add(group_id, lambda: self._done(group_id, chord))
                 return
             _log.error("A chord's body cannot be published; trying again", group_id=group_id, error=str(error))
             self._call_later(pause, lambda: self._attempt(group_id, chord, envelope, min(pause * 2, _RETRY_MAX)))
@@ -297,13 +312,13 @@ class Joiner:
         self._chords.pop(group_id, None)
         self._sending[group_id] = chord
         if chord.unconfirmed == 0:
-            self._acknowledge(group_id, chord)
+            self._finished.add(group_id, lambda: self._done(group_id, chord))
 
-    def _acknowledge(self, group_id: str, chord: _Chord) -> None:
+    def _done(self, group_id: str, chord: _Chord) -> None:
         self._sending.pop(group_id, None)
-        self._done[group_id] = None
-        if len(self._done) > _REMEMBERED:
-            self._done.popitem(last=False)
+        self._let_go(chord)
+
+    def _let_go(self, chord: _Chord) -> None:
         for held in chord.held:
             held.waiting -= 1
             if held.waiting == 0:
