@@ -2,10 +2,10 @@
 """Round trips and chords with amqptasks and with Celery's prefork pool, in turn on one private node; prints ratios.
 
 Both publish with confirms to quorum queues and acknowledge after the task. Round trips one after the other, from call
-to value. Chords with Redis for both (Celery has none over AMQP), and with amqptasks over AMQP alone. One client process
+to value, and beside them bare pika's, whose worker does nothing else. Chords with Redis for both (Celery has none over AMQP), and with amqptasks over AMQP alone. One client process
 per system, the same for all rounds; with --soak it asks for so many results, and its memory is shown.
 
-    python -m benchmarks.results [--calls 500] [--parts 1000] [--rounds 3] [--soak 0]
+    python -m benchmarks.results [--calls 500] [--parts 1000] [--rounds 3] [--soak 100000]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psutil
 
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.servers import RedisServer
+from benchmarks import bare_trips
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--parts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--soak", type=int, default=0)
+    parser.add_argument("--soak", type=int, default=0, help="so many results, and then the client's memory")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
@@ -134,7 +135,10 @@ def main() -> None:
         }
         trips: dict[Any, list[float]] = {key: [] for key in systems}
         chords: dict[Any, list[float]] = {key: [] for key in systems if key != ("celery", "rpc")}
+        bare = subprocess.Popen([sys.executable, "-m", "benchmarks.bare_trips", virtual_host(node, "rpc")], cwd=ROOT)
+        bare_times: list[float] = []
         for _ in range(options.rounds):
+            bare_times += bare_trips.trips(virtual_host(node, "rpc"), options.calls)
             for key, system in systems.items():
                 trips[key] += system.ask("trips")
             for key, seconds in chords.items():
@@ -146,6 +150,11 @@ def main() -> None:
         for kind in backends:
             ratio = percentiles(trips["amqptasks", kind])[0] / percentiles(trips["celery", kind])[0]
             print(f"p50 with {kind}: {ratio:.2f} of Celery's")
+        bare.terminate()
+        bare.wait(10)
+        p50, p99 = percentiles(bare_times)
+        print(f"{'bare pika':<24}{p50:>10.2f}{p99:>10.2f}")
+        print(f"p50 of bare pika: {p50 / percentiles(trips['celery', 'rpc'])[0]:.2f} of Celery's with rpc")
         print(f"\n{f'chord of {options.parts}':<24}{'s':>10}")
         for key, times in chords.items():
             print(f"{' '.join(key):<24}{statistics.median(times):>10.2f}")

@@ -261,7 +261,7 @@ def test_a_part_that_comes_again_after_its_chord_was_done_is_dropped_by_the_next
 
     send(0)
     send(1)
-    wait_until(lambda: desk.ledger.entries(), 10, "the body ran")
+    wait_until(desk.ledger.entries, 10, "the body ran")
     wait_until(lambda: sum(desk.vhost.management.counts(JOINS)) == 1, 10, "only the marker is left", pause=0.1)
     first.kill()
     send(0)

@@ -122,6 +122,11 @@ def pictures_have_the_right_sizes(run: Run) -> None:
 
     assert len(originals) == 24
     assert len(names) == 24 * 4
+    with Image.open(folder.parent / "sheet.jpg") as sheet:
+        assert sheet.size == (6 * 160, 4 * 160)
+        # Every cell holds a picture: its middle is not the paper's white.
+        colours = {sheet.getpixel((x * 160 + 80, y * 160 + 80)) for x in range(6) for y in range(4)}
+    assert (255, 255, 255) not in colours
     for name in originals:
         with Image.open(folder / name) as picture:
             width, height = picture.size

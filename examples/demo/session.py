@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pika
 from rich.console import Console
 
-from amqptasks import AmqpTasks, InvalidArguments
+from amqptasks import AmqpTasks, AsyncResult, InvalidArguments, chord
 from amqptasks.broker.admin import queue_counts
 from examples.demo import work
 from examples.demo.broker import Broker
@@ -105,6 +106,7 @@ class Session:
         self.published = 0
         self.publish_seconds = 0.0
         self.refused = ""
+        self.sheet: AsyncResult[Any] | None = None
         self._ending: list[Check] = []
 
     def publish(self) -> None:
@@ -119,8 +121,11 @@ class Session:
             )
             for order in plan.orders
         ]
-        for calls in (parts, drawings, charges):
+        for calls in (parts, charges):
             self.published += len(app.send_many(calls))
+        # All pictures, and when they are drawn, a sheet of them.
+        self.sheet = chord(drawings, media.sheet.s()).delay()
+        self.published += len(drawings)
         self.published += _publish_from_elsewhere()
         self.publish_seconds = time.monotonic() - started
         card = payment.Card(brand=payment.Brand.VISA, last4="0000")
@@ -139,11 +144,19 @@ class Session:
                 len(plan.pictures) + plan.thumbnails,
                 lambda: sum(1 for _ in pictures.glob("*.jpg")) if pictures.exists() else 0,
             ),
+            Goal("contact sheet", len(plan.pictures), self._on_the_sheet),
             Goal("log (low priority)", len(plan.batches), lambda: ledger.count(database, "batch")),
             Goal("mails delivered", plan.deliverable, lambda: self._sink.delivered),
             Goal("dead letters", plan.undeliverable + 2, self._dead.count),
         ]
         return watch(goals, self._console, self._worker.check)
+
+    def _on_the_sheet(self) -> int:
+        """How many pictures the task says it has put there."""
+        said = None if self.sheet is None else self.sheet.info
+        if isinstance(said, dict):
+            said = said["done"]
+        return said if isinstance(said, int) else 0
 
     def stop_worker(self) -> None:
         """Stop the worker; its exit code, and that it left nothing in its queues, become part of the report."""
@@ -151,6 +164,7 @@ class Session:
         left = {name: counts[0] for name, counts in queue_counts(app.settings.broker, QUEUES).items() if counts}
         self._ending = [
             Check("worker's exit code", 0, code),
+            Check("pictures on the sheet", len(self._plan.pictures), self._on_the_sheet()),
             Check("messages left in queues", dict.fromkeys(QUEUES, 0), left),
         ]
 

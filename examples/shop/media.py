@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image, ImageDraw
 from pydantic import Field
 
 from examples.shop import app, places
 
-__all__ = ["FORMATS", "Form", "draw", "fit", "make", "original", "resize", "resized"]
+__all__ = ["FORMATS", "Form", "draw", "fit", "make", "original", "resize", "resized", "sheet"]
 
 Form = Literal["large", "card", "icon"]
 #: Name of a format -> the longest side in pixels.
@@ -21,6 +21,10 @@ FORMATS: dict[Form, int] = {"large": 1024, "card": 320, "icon": 96}
 Pixels = Annotated[int, Field(ge=1, le=10_000)]
 # It becomes a file name: nothing that could leave the folder.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9-]{1,60}$")]
+
+
+#: Sides of a picture on the contact sheet, in pixels, and pictures in a row of it.
+_CELL, _COLUMNS = 160, 6
 
 
 def original(name: str) -> Path:
@@ -55,10 +59,11 @@ def draw(seed: int, width: int, height: int) -> Image.Image:
 
 
 @app.task(name="image.make")
-def make(name: Name, seed: int, width: Pixels, height: Pixels) -> None:
-    """Draw a picture, then have it resized: one message for each format."""
+def make(name: Name, seed: int, width: Pixels, height: Pixels) -> str:
+    """Draw a picture, then have it resized: one message for each format. Returns its name."""
     _save(draw(seed, width, height), original(name))
     app.send_many([resize.s(name, form) for form in FORMATS])
+    return name
 
 
 @app.task(name="image.resize")
@@ -71,6 +76,19 @@ def resize(name: Name, form: Form) -> tuple[int, int]:
         small = picture.resize(size, Image.Resampling.LANCZOS)
     _save(small, resized(name, form))
     return size
+
+
+@app.task(name="image.sheet", bind=True)
+def sheet(self: Any, names: list[Name]) -> int:
+    """Put pictures on one sheet, when all are drawn: the body of a chord. Says how far it is."""
+    page = Image.new("RGB", (_COLUMNS * _CELL, -(-len(names) // _COLUMNS) * _CELL), "white")
+    for number, name in enumerate(names):
+        with Image.open(original(name)) as picture:
+            picture.thumbnail((_CELL - 10, _CELL - 10))
+            page.paste(picture, (number % _COLUMNS * _CELL + 5, number // _COLUMNS * _CELL + 5))
+        self.update_state(state="PROGRESS", meta={"done": number + 1, "of": len(names)})
+    _save(page, places.sheet())
+    return len(names)
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["database", "home", "images", "mail_server"]
+__all__ = ["database", "home", "images", "mail_server", "sheet"]
 
 
 def home() -> Path:
@@ -21,6 +21,11 @@ def database() -> Path:
 def images() -> Path:
     """The folder of originals and thumbnails."""
     return home() / "images"
+
+
+def sheet() -> Path:
+    """The sheet with all pictures."""
+    return home() / "sheet.jpg"
 
 
 def mail_server() -> tuple[str, int]:
