@@ -2,8 +2,9 @@
 """Round trips and chords with amqptasks and with Celery's prefork pool, in turn on one private node; prints ratios.
 
 Both publish with confirms to quorum queues and acknowledge after the task. Round trips one after the other, from call
-to value, and beside them bare pika's, whose worker does nothing else. Chords with Redis for both (Celery has none over AMQP), and with amqptasks over AMQP alone. One client process
-per system, the same for all rounds; with --soak it asks for so many results, and its memory is shown.
+to value, and beside them bare pika's, whose worker does nothing else. Chords with Redis for both (Celery has none over
+AMQP), and with amqptasks over AMQP alone. One client process per system, the same for all rounds; with --soak it asks
+for so many results, and its memory is shown.
 
     python -m benchmarks.results [--calls 500] [--parts 1000] [--rounds 3] [--soak 100000]
 """

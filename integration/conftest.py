@@ -1,7 +1,8 @@
 """One broker for the run, a virtual host for each test.
 
 The broker is ``AMQPTASKS_TEST_BROKER_URL`` (with ``AMQPTASKS_TEST_MANAGEMENT_URL``), else a container when a Docker
-engine answers and has the image, else a private node of the installed RabbitMQ. A run that gets none fails.
+engine answers and has the image, else a private node of the installed RabbitMQ, or of the version that
+``AMQPTASKS_TEST_RABBITMQ`` names. A run that gets none fails.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from amqptasks.broker.admin import queue_counts
 from amqptasks.config import BrokerSettings, mask_url
 from amqptasks.testing.management import Management
 from amqptasks.testing.proxy import TcpProxy
-from amqptasks.testing.rabbitmq import PrivateNode
+from amqptasks.testing.rabbitmq import VERSION_VARIABLE, PrivateNode
 from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from integration.apps import canvas
@@ -79,7 +80,7 @@ def broker(pytestconfig: pytest.Config) -> Iterator[Broker]:
             default = f"http://guest:guest@{host}:15672"
             found = Broker("AMQPTASKS_TEST_BROKER_URL", url, os.environ.get("AMQPTASKS_TEST_MANAGEMENT_URL", default))
         else:
-            container = _container(stack)
+            container = None if os.environ.get(VERSION_VARIABLE) else _container(stack)
             if container is None:
                 node = stack.enter_context(PrivateNode("tests"))
                 container = Broker("private node", node.url, node.management_url)

@@ -181,6 +181,7 @@ def work_is_spread_over_processes(run: Run) -> None:
         "email.receipt": ("email", 282),
         "image.make": ("media", 24),
         "image.resize": ("media", 72),
+        "image.sheet": ("media", 1),
         "weblog.parse": ("media", 40),
     }
     # 18 servers that were busy at first, and two retries for each of 6 full mailboxes.

@@ -134,6 +134,8 @@ class _Declaring:
         self._invalid: list[str] = []
         self._missing: list[str] = []
         self._refused: list[str] = []
+        #: What the broker said when it was asked for the entity that is refused now.
+        self._why_not = ""
 
     def run(self, topology: Topology) -> None:
         step = self._check if self._passive else self._declare
@@ -165,18 +167,22 @@ class _Declaring:
         self._reserved.add(kind)
         if not self._exists(entity):
             self._refused.append(
-                f"the {kind} {entity.name!r} does not exist, and the user may not make it: {reply_text}. "
+                f"the {kind} {entity.name!r} {self._why_not}, and the user may not make it: {reply_text}. "
                 f"Give the user configure permission on it{_more_permissions(entity)}, or make it with another user"
             )
 
     def _exists(self, entity: Exchange | Queue) -> bool:
-        """Whether the broker holds an entity of that name; a user may ask without any permission (but on 4.3.0)."""
+        """Whether the broker holds an entity of that name, as far as the user may know.
+
+        Before RabbitMQ 4.3 every user may ask; 4.3.0 wants configure permission on it, later ones any permission.
+        """
         try:
             _send_passive(self._channels.get(), entity)
         except ChannelClosedByBroker as closed:
             if closed.reply_code not in (403, 404):
                 self._note(entity, closed)
                 return True
+            self._why_not = "does not exist" if closed.reply_code == 404 else "may not be looked up"
             return False
         return True
 

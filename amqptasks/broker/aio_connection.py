@@ -19,6 +19,7 @@ from typing import Any
 from amqptasks.broker import verdicts
 from amqptasks.broker.failures import translate
 from amqptasks.broker.parameters import aio_url, connection_parameters, node_name
+from amqptasks.broker.versions import fitting_priority, two_priority_levels
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import AccessRefused, BrokerError, BrokerUnreachable, PublishError, Unroutable
 from amqptasks.message import Envelope
@@ -56,8 +57,10 @@ class Attempt:
 class _Flight:
     """A channel, and how many messages are unconfirmed on it."""
 
-    def __init__(self, channel: Any) -> None:
+    def __init__(self, channel: Any, *, two_levels: bool) -> None:
         self.channel = channel
+        #: See `amqptasks.broker.versions`.
+        self.two_levels = two_levels
         self.count = 0
         #: How many there were when the broker closed it.
         self.casualties: int | None = None
@@ -125,7 +128,7 @@ class AioConnection:
             exchange = flight.channel.default_exchange
             if envelope.exchange:
                 exchange = await flight.channel.get_exchange(envelope.exchange, ensure=False)
-            await exchange.publish(self._message(envelope), envelope.routing_key, mandatory=envelope.mandatory)
+            await exchange.publish(self._message(envelope, flight), envelope.routing_key, mandatory=envelope.mandatory)
         except errors.PublishError as error:
             text = getattr(getattr(error.message, "delivery", None), "reply_text", "") or "NO_ROUTE"
             raise verdicts.unroutable(envelope, text) from None
@@ -184,14 +187,14 @@ class AioConnection:
         self.last_error = translate(error, self._parameters[0])
         return verdicts.lost(self.last_error, sent=attempt.sent)
 
-    def _message(self, envelope: Envelope) -> Any:
+    def _message(self, envelope: Envelope, flight: _Flight) -> Any:
         return self._aio.Message(
             envelope.body,
             headers=envelope.headers,
             content_type=envelope.content_type,
             content_encoding=envelope.content_encoding,
             delivery_mode=envelope.delivery_mode,
-            priority=envelope.priority,
+            priority=fitting_priority(envelope) if flight.two_levels else envelope.priority,
             correlation_id=envelope.correlation_id,
             reply_to=envelope.reply_to,
             # aio-pika counts in seconds and writes AMQP's milliseconds.
@@ -222,7 +225,9 @@ class AioConnection:
             self._forget_connection()
             await asyncio.shield(self._tasks.get("connect") or self._share("connect", self._connect()))
         try:
-            return _Flight(await self._connection.channel(publisher_confirms=True, on_return_raises=True))
+            channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            server = self._connection.transport.connection.server_properties
+            return _Flight(channel, two_levels=two_priority_levels(server))
         except (self._errors.AMQPError, OSError, RuntimeError, AttributeError) as error:
             self._forget_connection()
             self.last_error = translate(error, self._parameters[0])

@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pika.channel import Channel
@@ -22,7 +23,8 @@ from amqptasks.broker.deadlines import Deadlines
 from amqptasks.broker.flight import Flight
 from amqptasks.broker.link import Link
 from amqptasks.broker.pending import Pending
-from amqptasks.broker.wire import EncodedProperties
+from amqptasks.broker.versions import fitting_priority
+from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerError, PublishError, Unroutable
 from amqptasks.message import Envelope
 
@@ -284,6 +286,8 @@ class ConfirmChannel:
             if not unconfirmed:
                 self._heard = time.monotonic()
             envelope, properties = pending.envelope, pending.properties
+            if flight.two_levels and fitting_priority(envelope) != envelope.priority:
+                properties = encode_properties(replace(envelope, priority=fitting_priority(envelope)))
             if len(properties.encode()[0]) > room:
                 self._finish(pending, PublishError(f"the message's headers do not fit a frame of {room} bytes"))
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 from pika.channel import Channel
 
 from amqptasks.broker.pending import Pending
+from amqptasks.broker.versions import two_priority_levels
 
 __all__ = ["Flight"]
 
@@ -18,7 +19,7 @@ _FRAME_MAX = 131_072
 class Flight:
     """Delivery tags and the messages that they stand for. Tags count from 1 on each channel (basic.ack)."""
 
-    __slots__ = ("alone", "channel", "room", "tag", "unconfirmed")
+    __slots__ = ("alone", "channel", "room", "tag", "two_levels", "unconfirmed")
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -29,6 +30,7 @@ class Flight:
         self.alone = False
         #: Bytes that a message's properties may have: they must fit one frame.
         self.room = (channel.connection.params.frame_max or _FRAME_MAX) - _HEADER_FRAME
+        self.two_levels = two_priority_levels(channel.connection.server_properties)
 
     def settled(self, method: Any) -> list[Pending]:
         """Take the messages that a basic.ack or basic.nack is about."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 import pika
 
 from amqptasks import __version__
 from amqptasks.config import BrokerSettings
+from amqptasks.config.models import TlsSettings
 from amqptasks.errors import ConfigError
 
 __all__ = ["aio_url", "connection_parameters", "node_name"]
@@ -79,13 +81,26 @@ def _tls(settings: BrokerSettings, host: str) -> pika.SSLOptions:
     try:
         context = ssl.create_default_context(cafile=tls.ca_file if tls is not None else None)
         if tls is not None and tls.cert_file is not None:
-            context.load_cert_chain(tls.cert_file, tls.key_file)
+            # Without a password OpenSSL would ask for one at the terminal, and wait.
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"broker.tls: {error}") from None
+        raise ConfigError(f"broker.tls: {_tls_problem(tls, error)}") from None
     if tls is not None and not tls.verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return pika.SSLOptions(context, host)
+
+
+def _tls_problem(tls: TlsSettings | None, error: OSError) -> str:
+    if tls is not None:
+        for key, file in (("ca_file", tls.ca_file), ("cert_file", tls.cert_file), ("key_file", tls.key_file)):
+            try:
+                if file is not None:
+                    Path(file).read_bytes()
+            except OSError as missing:
+                return f"{key} {file}: {missing.strerror}"
+    what = "ca_file" if tls is None or tls.cert_file is None else "cert_file or key_file"
+    return f"{what} cannot be used (an encrypted key must be decrypted first): {error}"
 
 
 def node_name(parameters: pika.ConnectionParameters) -> str:

@@ -48,8 +48,9 @@ class _Io:
 
     def __init__(self, publisher: Publisher) -> None:
         settings = publisher.settings
+        parameters = connection_parameters(settings, publisher.name)
         self.loop = new_loop()
-        self.link = Link(self.loop, connection_parameters(settings, publisher.name))
+        self.link = Link(self.loop, parameters)
         inbox = publisher.replies_to
         self.replies: Replies | None = None
         if inbox is not None:

@@ -32,7 +32,7 @@ class Management:
         self.user = parts.username or "guest"
         self.vhost = vhost
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
+    def request(self, method: str, path: str, body: Any = None, *, timeout: float = 10) -> Any:
         """One request; the decoded answer. Raises `ManagementError`."""
         request = urllib.request.Request(  # noqa: S310 - the scheme is the caller's http or https
             f"{self._base}/{path}",
@@ -41,7 +41,7 @@ class Management:
             headers={"Authorization": self._authorization, "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
                 text = answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -112,8 +112,12 @@ class Management:
     def messages(self, queue: str, count: int = 1000, *, remove: bool = False) -> list[dict[str, Any]]:
         """Messages of a queue: payload, properties with headers, routing key. They stay unless `remove`."""
         mode = "ack_requeue_false" if remove else "ack_requeue_true"
+        # Thousands from a quorum queue take their time: each is a round of agreement.
         found: list[dict[str, Any]] = self.request(
-            "POST", f"{self._path('queues', queue)}/get", {"count": count, "ackmode": mode, "encoding": "auto"}
+            "POST",
+            f"{self._path('queues', queue)}/get",
+            {"count": count, "ackmode": mode, "encoding": "auto"},
+            timeout=60,
         )
         return found
 

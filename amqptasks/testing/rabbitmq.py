@@ -1,4 +1,4 @@
-"""A private RabbitMQ node of the installed distribution: any user, free ports, its own folder, nothing left behind."""
+"""A private RabbitMQ node: of the installed distribution, any user, or another version; free ports, its own folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["NodeError", "PrivateNode", "free_port", "install_rabbitmq", "rabbitmq_installed"]
+from amqptasks.testing.management import Management, ManagementError
+from amqptasks.testing.trees import Tree, broker_tree
 
+__all__ = ["VERSION_VARIABLE", "NodeError", "PrivateNode", "free_port", "install_rabbitmq", "rabbitmq_installed"]
+
+#: Names the version of private nodes; without it they are of the installed distribution.
+VERSION_VARIABLE = "AMQPTASKS_TEST_RABBITMQ"
 _HOMES = ("/usr/lib/rabbitmq/bin", "/usr/lib/rabbitmq/sbin", "/opt/rabbitmq/sbin", "/usr/local/sbin")
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
@@ -27,10 +32,11 @@ class NodeError(RuntimeError):
     """The node cannot be had or does not start. The message has the end of its log."""
 
 
-def _scripts() -> Path | None:
+def _scripts(root: Path = Path("/")) -> Path | None:
     for home in _HOMES:
         # Not the wrapper in /usr/sbin: that one insists on root or the user rabbitmq.
-        if (Path(home) / "rabbitmq-server").exists() and (Path(home) / "rabbitmqctl").exists():
+        here = root / home.removeprefix("/")
+        if (here / "rabbitmq-server").exists() and (here / "rabbitmqctl").exists():
             return Path(home)
     return None
 
@@ -69,6 +75,13 @@ def free_port() -> int:
 class PrivateNode:
     """One node with the management plugin. Use it as a context manager, or `start` and `stop` it.
 
+    Args:
+        config: more lines of ``rabbitmq.conf``; ``{folder}`` in a value is the node's own folder.
+        files: name -> content of more files in that folder.
+        tune: statistics twice a second, for tests that look at them.
+        version: a version of `amqptasks.testing.trees.SUITES`; by default ``$AMQPTASKS_TEST_RABBITMQ``, else the
+            installed one.
+
     Attributes:
         url: AMQP URL of the default virtual host.
         management_url: URL of the management API and UI, with user and password.
@@ -80,9 +93,13 @@ class PrivateNode:
         *,
         plugins: Sequence[str] = ("rabbitmq_management",),
         config: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
         tune: bool = True,
+        version: str | None = None,
     ) -> None:
-        scripts = _scripts()
+        version = version or os.environ.get(VERSION_VARIABLE)
+        self._tree: Tree | None = broker_tree(version) if version else None
+        scripts = _scripts(self._tree.root if self._tree else Path("/"))
         if scripts is None:
             raise NodeError("RabbitMQ is not installed (Debian: apt-get install rabbitmq-server)")
         self._scripts = scripts
@@ -93,6 +110,15 @@ class PrivateNode:
         self.management_url = f"http://guest:guest@127.0.0.1:{self.management_port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._write_files(plugins, config or {}, tune=tune)
+        for file, content in (files or {}).items():
+            (self.folder / file).write_bytes(content)
+
+    def _command(self, *command: str) -> list[str]:
+        if self._tree is None:
+            return list(command)
+        for path in [self.folder, *self.folder.rglob("*")]:
+            os.chown(path, self._tree.uid, self._tree.gid, follow_symlinks=False)
+        return self._tree.command(self.folder, *command)
 
     def _write_files(self, plugins: Sequence[str], config: Mapping[str, str], *, tune: bool) -> None:
         home = self.folder / "home"
@@ -106,7 +132,7 @@ class PrivateNode:
             "management.tcp.port": str(self.management_port),
             # Management figures are five seconds old and more by default; tests look more often.
             "collect_statistics_interval": str(_TICK if tune else 5000),
-            **config,
+            **{key: value.format(folder=self.folder) for key, value in config.items()},
         }
         (self.folder / "rabbitmq.conf").write_text("".join(f"{key} = {value}\n" for key, value in settings.items()))
         (self.folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
@@ -150,7 +176,7 @@ class PrivateNode:
         output = (self.folder / "output").open("ab")
         with output:
             self._process = subprocess.Popen(
-                [str(self._scripts / "rabbitmq-server")],
+                self._command(str(self._scripts / "rabbitmq-server")),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -159,11 +185,19 @@ class PrivateNode:
                 cwd=self.folder,
             )
         deadline = time.monotonic() + _START_SECONDS
-        while not (self._listens(self.port) and self._listens(self.management_port)):
+        while not (self._listens(self.port) and self._answers()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = (self.folder / "output").read_text(errors="replace")[-2000:]
                 raise NodeError(f"RabbitMQ did not start:\n{tail}")
             time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        """Whether the management API does: 4.3 listens a moment before it can."""
+        try:
+            Management(self.management_url).request("GET", "overview")
+        except (ManagementError, OSError):
+            return False
+        return True
 
     @staticmethod
     def _listens(port: int) -> bool:
@@ -230,11 +264,13 @@ class PrivateNode:
                 subprocess.run([epmd, "-kill"], env=self._environment, capture_output=True, check=False)
                 time.sleep(0.05)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._tree is not None:
+            self._tree.forget(self.folder)
 
     def rabbitmqctl(self, *arguments: str) -> str:
         """Run rabbitmqctl on this node. Raises `NodeError` with what it printed."""
         done = subprocess.run(
-            [str(self._scripts / "rabbitmqctl"), "-n", self.name, "-q", *arguments],
+            self._command(str(self._scripts / "rabbitmqctl"), "-n", self.name, "-q", *arguments),
             env=self._environment,
             capture_output=True,
             text=True,

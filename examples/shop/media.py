@@ -85,7 +85,8 @@ def sheet(self: Any, names: list[Name]) -> int:
     for number, name in enumerate(names):
         with Image.open(original(name)) as picture:
             picture.thumbnail((_CELL - 10, _CELL - 10))
-            page.paste(picture, (number % _COLUMNS * _CELL + 5, number // _COLUMNS * _CELL + 5))
+            left, top = number % _COLUMNS * _CELL, number // _COLUMNS * _CELL
+            page.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
         self.update_state(state="PROGRESS", meta={"done": number + 1, "of": len(names)})
     _save(page, places.sheet())
     return len(names)
