@@ -205,7 +205,9 @@ class AmqpTasks:
             inbox = results if isinstance(results, ReplyInbox) else None
             replies = None
             if inbox is not None:
-                replies = ReplyTo(lambda body: inbox.receive(decode_result(body)), inbox.gone, settings.result.expires)
+                replies = ReplyTo(
+                    lambda body: inbox.receive(decode_result(body)), inbox.gone, inbox.give_up, settings.result.expires
+                )
             return Client(
                 self.calls,
                 Publisher(settings.broker, **common, replies_to=replies),

@@ -30,3 +30,8 @@ class Envelope:
     delivery_mode: int = 2
     #: With ``mandatory`` the broker returns what no queue would get (AMQP 0-9-1, basic.publish).
     mandatory: bool = True
+
+    @property
+    def is_reply(self) -> bool:
+        """Whether it goes to a caller's own queue, and may be dropped when that is gone."""
+        return not self.mandatory and not self.exchange

@@ -12,7 +12,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Protocol
 
 from pika.channel import Channel
@@ -22,9 +21,8 @@ from amqptasks.broker import verdicts
 from amqptasks.broker.deadlines import Deadlines
 from amqptasks.broker.flight import Flight
 from amqptasks.broker.link import Link
-from amqptasks.broker.pending import Pending
-from amqptasks.broker.versions import fitting_priority
-from amqptasks.broker.wire import EncodedProperties, encode_properties
+from amqptasks.broker.pending import REPLY, Pending
+from amqptasks.broker.wire import EncodedProperties
 from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerError, PublishError, Unroutable
 from amqptasks.message import Envelope
 
@@ -90,7 +88,7 @@ class ConfirmChannel:
             link.loop,
             blocked_timeout=math.inf if blocked_timeout is None else blocked_timeout,
             blocked_since=lambda: link.blocked_since,
-            waiting=self._all,
+            waiting=self.waiting,
             expire=self._expire,
             swept=self._swept,
         )
@@ -104,8 +102,8 @@ class ConfirmChannel:
     def publish(
         self, envelope: Envelope, properties: EncodedProperties, done: Callable[[PublishError | None], None]
     ) -> None:
-        """Publish, and try for as long as it takes; `done` is called once."""
-        self.submit(Pending(envelope, properties, done))
+        """Publish, and try for as long as it takes (a reply that is refused: four times); `done` is called once."""
+        self.submit(Pending(envelope, properties, done, policy=REPLY if envelope.is_reply else None))
 
     def submit(self, *pending: Pending) -> None:
         """Publish these in order; each one's `done` is called once."""
@@ -122,18 +120,19 @@ class ConfirmChannel:
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is unconfirmed."""
-        return all(one.done is None for one in self._all())
+        return all(one.done is None for one in self.waiting())
 
     def fail_all(self, reason: str, *others: Pending) -> None:
         """Nothing more will be published: say so to everybody who waits, and to these others."""
-        for pending in [*self._all(), *others]:
+        for pending in [*self.waiting(), *others]:
             text = "the message may or may not have been taken" if pending.sent else "the message was not published"
             self._finish(pending, PublishError(f"{text}: {reason}", sent=pending.sent))
 
     def _flights(self) -> list[Flight]:
         return [*self._leaving, *([self._flight] if self._flight is not None else [])]
 
-    def _all(self) -> Iterator[Pending]:
+    def waiting(self) -> Iterator[Pending]:
+        """All that is not confirmed yet."""
         for flight in self._flights():
             yield from flight.unconfirmed.values()
         yield from self._resting
@@ -285,9 +284,7 @@ class ConfirmChannel:
                 continue
             if not unconfirmed:
                 self._heard = time.monotonic()
-            envelope, properties = pending.envelope, pending.properties
-            if flight.two_levels and fitting_priority(envelope) != envelope.priority:
-                properties = encode_properties(replace(envelope, priority=fitting_priority(envelope)))
+            envelope, properties = pending.envelope, flight.properties(pending)
             if len(properties.encode()[0]) > room:
                 self._finish(pending, PublishError(f"the message's headers do not fit a frame of {room} bytes"))
                 continue

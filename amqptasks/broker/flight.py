@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pika.channel import Channel
 
 from amqptasks.broker.pending import Pending
-from amqptasks.broker.versions import two_priority_levels
+from amqptasks.broker.versions import fitting_priority, two_priority_levels
+from amqptasks.broker.wire import EncodedProperties, encode_properties
 
 __all__ = ["Flight"]
 
@@ -31,6 +33,13 @@ class Flight:
         #: Bytes that a message's properties may have: they must fit one frame.
         self.room = (channel.connection.params.frame_max or _FRAME_MAX) - _HEADER_FRAME
         self.two_levels = two_priority_levels(channel.connection.server_properties)
+
+    def properties(self, pending: Pending) -> EncodedProperties:
+        """The message's properties, as this broker's version wants them."""
+        envelope = pending.envelope
+        if self.two_levels and fitting_priority(envelope) != envelope.priority:
+            return encode_properties(replace(envelope, priority=fitting_priority(envelope)))
+        return pending.properties
 
     def settled(self, method: Any) -> list[Pending]:
         """Take the messages that a basic.ack or basic.nack is about."""

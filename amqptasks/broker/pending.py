@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from amqptasks.broker.wire import EncodedProperties
+from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config.models import PublishRetrySettings
 from amqptasks.errors import AmqpTasksError, ConfigError, PublishError
 from amqptasks.message import Envelope
@@ -34,6 +34,8 @@ class RetryPolicy:
 
 
 NO_RETRY = RetryPolicy(max_retries=0)
+#: A queue of replies belongs to one caller and lives on one node: what it refuses is not held for ever.
+REPLY = RetryPolicy(max_retries=3)
 
 
 def retry_policy(settings: PublishRetrySettings, given: Mapping[str, Any] | None, *, retry: bool) -> RetryPolicy:
@@ -96,6 +98,14 @@ class Pending:
         if self.policy.max_retries is not None and self.retries >= self.policy.max_retries:
             return False
         self.retries += 1
+        return True
+
+    def redirect(self, old: str, new: str) -> bool:
+        """Have its replies come to another queue. Whether they came to the old one."""
+        if self.done is None or self.envelope.reply_to != old:
+            return False
+        self.envelope.reply_to = new
+        self.properties = encode_properties(self.envelope)
         return True
 
     def pause(self) -> float:

@@ -48,6 +48,7 @@ class _Io:
 
     def __init__(self, publisher: Publisher) -> None:
         settings = publisher.settings
+        self.publisher = publisher
         parameters = connection_parameters(settings, publisher.name)
         self.loop = new_loop()
         self.link = Link(self.loop, parameters)
@@ -60,6 +61,7 @@ class _Io:
                 lifetime=inbox.lifetime,
                 on_reply=inbox.on_reply,
                 on_gone=inbox.on_gone,
+                renew=self._renew_replies,
             )
             lost = self.replies.lost
             self.link.watch(lambda _connection: None, lambda _error: lost())
@@ -76,6 +78,18 @@ class _Io:
         #: Why nothing is published any more; None while the thread runs.
         self.ended: str | None = None
         self.thread = threading.Thread(target=self._run, name="amqptasks-publisher", daemon=True)
+
+    def _renew_replies(self, why: str) -> str:
+        """Have replies come to another queue, also those to messages that are not confirmed yet."""
+        old, new = self.publisher.renew_reply_queue()
+        kept = {
+            one.envelope.correlation_id or ""
+            for one in [*self.confirms.waiting(), *list(self.inbox)]
+            if one.redirect(old, new)
+        }
+        if self.publisher.replies_to is not None:
+            self.publisher.replies_to.on_moved(why, kept)
+        return new
 
     def _run(self) -> None:
         why = "the publisher was closed"
@@ -170,11 +184,13 @@ class ReplyTo(NamedTuple):
     """Who gets the replies to this process.
 
     `on_reply` is called with each reply's body, `on_gone` with the reason when replies were lost, and whether none
-    will ever come; both on the I/O thread. `lifetime` is seconds for which a reply waits in its queue.
+    will ever come; `on_moved` when only replies to these tasks will come still. All on the I/O thread. `lifetime` is
+    seconds for which a reply waits in its queue.
     """
 
     on_reply: Callable[[bytes], None]
     on_gone: Callable[[str, bool], None]
+    on_moved: Callable[[str, set[str]], None]
     lifetime: float
 
 
@@ -295,11 +311,18 @@ class Publisher:
         name = self._reply_queue
         if name is None:
             with self._lock:
-                if self._reply_queue is None:
-                    host = socket.gethostname()[:60]
-                    self._reply_queue = f"{self._app[:60]}.reply.{host}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
-                name = self._reply_queue
+                name = self._reply_queue or self._name_reply_queue()
         return name
+
+    def _name_reply_queue(self) -> str:
+        host = socket.gethostname()[:60]
+        self._reply_queue = name = f"{self._app[:60]}.reply.{host}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
+        return name
+
+    def renew_reply_queue(self) -> tuple[str, str]:
+        """Give the reply queue another name; the old one and the new one."""
+        with self._lock:
+            return self.reply_queue, self._name_reply_queue()
 
     @property
     def replies_ready(self) -> bool:

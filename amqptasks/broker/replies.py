@@ -33,6 +33,8 @@ _PREFETCH = 2000
 _ACK_EVERY = 200
 _ACK_SECONDS = 0.05
 _REOPEN_SECONDS = 1.0
+#: AMQP 0-9-1, reply code "not-found".
+_NOT_FOUND = 404
 
 
 class Replies:
@@ -42,6 +44,7 @@ class Replies:
         queue: its name.
         on_reply: called with the body of each reply.
         on_gone: called with the reason when replies may have been lost, or cannot come.
+        renew: called when the node of the queue is down; gives another name.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Replies:
         lifetime: float,
         on_reply: Callable[[bytes], None],
         on_gone: Callable[[str, bool], None],
+        renew: Callable[[str], str],
     ) -> None:
         self._link = link
         self._queue = queue
@@ -63,6 +67,7 @@ class Replies:
         }
         self._on_reply = on_reply
         self._on_gone = on_gone
+        self._renew = renew
         self._channel: Any = None
         self._then: Callable[[], None] | None = None
         self._unacked = 0
@@ -115,6 +120,13 @@ class Replies:
             return
         self._channel = None
         text = str(getattr(reason, "reply_text", reason))
+        if self.ready and getattr(reason, "reply_code", 0) == _NOT_FOUND:
+            # In a cluster: the one node that holds the queue is down. Here another can be made.
+            self._queue = self._renew(f"the node with the reply queue is down: {text}")
+            connection, then = self._link.connection, self._then
+            if connection is not None and connection.is_open:
+                self.open(connection, then or (lambda: None))
+            return
         if self.ready:
             # Deleted by somebody: what was in it is gone.
             self._on_gone(f"the reply queue was closed: {text}", False)

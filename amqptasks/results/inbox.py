@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from weakref import WeakSet, WeakValueDictionary
 
 from amqptasks.errors import ResultUnavailable
@@ -77,10 +77,10 @@ class ReplyInbox:
             self.problem = reason
         self.give_up(reason)
 
-    def give_up(self, reason: str) -> None:
-        """Tell everybody who waits that nothing comes."""
+    def give_up(self, reason: str, besides: Collection[str] = ()) -> None:
+        """Tell everybody who waits that nothing comes, besides for these tasks."""
         with self._lock:
-            slots = [slot for slot in self._slots.values() if not slot.meta.ready]
+            slots = [slot for slot in self._slots.values() if not slot.meta.ready and slot.meta.task_id not in besides]
             for slot in slots:
                 slot.lost = reason
             told = [(listener, slot.meta) for slot in slots for listener in slot.listeners]

@@ -32,7 +32,7 @@ class Management:
         self.user = parts.username or "guest"
         self.vhost = vhost
 
-    def request(self, method: str, path: str, body: Any = None, *, timeout: float = 10) -> Any:
+    def request(self, method: str, path: str, body: Any = None, *, timeout: float = 30) -> Any:
         """One request; the decoded answer. Raises `ManagementError`."""
         request = urllib.request.Request(  # noqa: S310 - the scheme is the caller's http or https
             f"{self._base}/{path}",

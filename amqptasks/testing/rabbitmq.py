@@ -76,6 +76,8 @@ class PrivateNode:
     """One node with the management plugin. Use it as a context manager, or `start` and `stop` it.
 
     Args:
+        name: of the node, which gets a suffix; one with ``@`` stands as it is.
+        epmd_port, cookie: what nodes of one cluster share; its own by default.
         config: more lines of ``rabbitmq.conf``; ``{folder}`` in a value is the node's own folder.
         files: name -> content of more files in that folder.
         tune: statistics twice a second, for tests that look at them.
@@ -96,6 +98,8 @@ class PrivateNode:
         files: Mapping[str, bytes] | None = None,
         tune: bool = True,
         version: str | None = None,
+        epmd_port: int | None = None,
+        cookie: str | None = None,
     ) -> None:
         version = version or os.environ.get(VERSION_VARIABLE)
         self._tree: Tree | None = broker_tree(version) if version else None
@@ -105,7 +109,8 @@ class PrivateNode:
         self._scripts = scripts
         self.folder = Path(tempfile.mkdtemp(prefix="amqptasks-rabbitmq-"))
         self.port, self.management_port = free_port(), free_port()
-        self.name = f"{name}-{secrets.token_hex(3)}@localhost"
+        self.name = name if "@" in name else f"{name}-{secrets.token_hex(3)}@localhost"
+        self._epmd_port, self._cookie = epmd_port or free_port(), cookie or secrets.token_hex(16)
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
         self.management_url = f"http://guest:guest@127.0.0.1:{self.management_port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -124,7 +129,7 @@ class PrivateNode:
         home = self.folder / "home"
         home.mkdir()
         cookie = home / ".erlang.cookie"
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(self._cookie)
         cookie.chmod(0o400)
         settings = {
             "listeners.tcp.1": f"127.0.0.1:{self.port}",
@@ -140,7 +145,7 @@ class PrivateNode:
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
             "LANG": "C.UTF-8",
             "HOME": str(home),
-            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_DIST_PORT": str(free_port()),
@@ -205,6 +210,11 @@ class PrivateNode:
             probe.settimeout(0.2)
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> None:
         """Stop the node in good order. Its data stays for the next `start`."""
         self._end(signal.SIGTERM)
@@ -254,15 +264,23 @@ class PrivateNode:
     def remove(self) -> None:
         """End the node and its epmd, and delete its folder: at once, since nobody wants the data."""
         self.kill()
+        self.end_epmd()
+        self.delete()
+
+    def end_epmd(self) -> None:
+        """End the daemon that knows the ports of nodes. It refuses while a node lives."""
         epmd = shutil.which("epmd") or next(
             (str(path) for path in Path("/usr/lib/erlang").glob("erts-*/bin/epmd")), None
         )
         if epmd is not None:
             deadline = time.monotonic() + 5
-            # It refuses while it believes that the node lives.
-            while self._listens(int(self._environment["ERL_EPMD_PORT"])) and time.monotonic() < deadline:
+            # It believes for a moment that a node lives which was killed.
+            while self._listens(self._epmd_port) and time.monotonic() < deadline:
                 subprocess.run([epmd, "-kill"], env=self._environment, capture_output=True, check=False)
                 time.sleep(0.05)
+
+    def delete(self) -> None:
+        """Delete the folder of a node that has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._tree is not None:
             self._tree.forget(self.folder)

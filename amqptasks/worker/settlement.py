@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from amqptasks.errors import PublishError
+from amqptasks.errors import Nacked, PublishError
 from amqptasks.message import Envelope
 from amqptasks.outcome import Discarded, GivenBack, Outcome
 from amqptasks.worker.acks import AckWindow
@@ -108,6 +108,11 @@ class Settlement:
                 if delivery.unconfirmed == 0:
                     self.settling.discard(delivery)
                     self._confirmed(delivery)
+                return
+            if isinstance(error, Nacked) and envelope.is_reply:
+                # A reply to a queue whose node is down. Nobody consumes it there, and its caller was told.
+                _log.warning("Reply dropped: its queue refuses it", task_id=envelope.correlation_id, error=str(error))
+                done(None)
                 return
             _log.error(
                 "The outcome of a task cannot be published; trying again",

@@ -15,7 +15,9 @@ from amqptasks.message import Envelope
 
 
 def flight_of(*ids: str, key: str = "k") -> Flight:
-    channel: Any = SimpleNamespace(connection=SimpleNamespace(params=SimpleNamespace(frame_max=131_072)))
+    channel: Any = SimpleNamespace(
+        connection=SimpleNamespace(params=SimpleNamespace(frame_max=131_072), server_properties={})
+    )
     flight = Flight(channel)
     for one in ids:
         envelope = Envelope("e", key, b"", correlation_id=one)

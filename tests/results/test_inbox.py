@@ -115,6 +115,15 @@ def test_who_waits_is_told_when_nothing_can_come(inbox):
         sent(inbox, "third").get(5)
 
 
+def test_when_the_reply_queue_has_moved_only_what_was_confirmed_before_is_lost(inbox):
+    early, late = sent(inbox, "early"), sent(inbox, "late")
+    inbox.give_up("its node is down", {"late"})
+    with pytest.raises(ResultUnavailable, match="its node is down"):
+        early.get(5)
+    inbox.receive(done("late", 7))
+    assert late.get(1) == 7
+
+
 def test_a_forked_child_is_told_that_the_parent_gets_the_replies(inbox):
     waiting = sent(inbox)
     child = os.fork()

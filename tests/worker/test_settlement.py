@@ -134,6 +134,20 @@ def test_a_publish_that_fails_is_tried_again_and_nothing_is_acknowledged_meanwhi
     assert wire.sent[-1] == ("ack", (1, True))
 
 
+def test_a_reply_that_its_queue_refuses_is_dropped_and_everything_else_is_not() -> None:
+    """The queue's node is down: its caller was told, and the worker must not wait for it."""
+    wire = Wire()
+    reply = Envelope("", "client.reply.1", b"{}", correlation_id="id-1", mandatory=False)
+    wire.settlement.settle(delivery(), Succeeded((reply,)))
+    wire.confirm(Nacked("refused"))
+    wire.turn()
+    assert wire.sent == [("publish", ("", "client.reply.1")), ("ack", (1, True))]
+    wire.settlement.settle(delivery(2), Failed(Reason.FAILED))
+    wire.confirm(Nacked("refused"))
+    wire.turn()
+    assert [what for what, _ in wire.sent[2:]] == ["publish", "publish"]
+
+
 def test_an_outcome_after_the_channel_was_lost_is_kept_for_the_redelivery_and_not_published() -> None:
     wire = Wire()
     lost = delivery()
