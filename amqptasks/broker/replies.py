@@ -33,6 +33,8 @@ _PREFETCH = 2000
 _ACK_EVERY = 200
 _ACK_SECONDS = 0.05
 _REOPEN_SECONDS = 1.0
+#: So long may the broker think about a queue that it has had: 4.3 thinks for 64 s about one whose node is down.
+_ANSWER_SECONDS = 5.0
 #: AMQP 0-9-1, reply code "not-found".
 _NOT_FOUND = 404
 
@@ -69,6 +71,8 @@ class Replies:
         self._on_gone = on_gone
         self._renew = renew
         self._channel: Any = None
+        #: The channel on which the broker has not answered yet.
+        self._waiting: Any = None
         self._then: Callable[[], None] | None = None
         self._unacked = 0
         self._tag = 0
@@ -102,10 +106,30 @@ class Replies:
         channel.basic_qos(prefetch_count=_PREFETCH)
         channel.queue_declare(self._queue, durable=True, arguments=self._arguments, callback=lambda _frame: None)
         channel.basic_consume(self._queue, self._message, callback=lambda _frame: self._consuming(channel))
+        if self.ready:
+            self._waiting = channel
+            self._link.loop.call_later(_ANSWER_SECONDS, lambda: self._overdue(channel))
+
+    def _overdue(self, channel: Channel) -> None:
+        if channel is not self._channel or channel is not self._waiting:
+            return
+        if self._link.blocked_since is not None:
+            self._link.loop.call_later(_ANSWER_SECONDS, lambda: self._overdue(channel))
+            return
+        self._move(f"the broker did not answer for the reply queue in {_ANSWER_SECONDS:g} s; is a node down?")
+
+    def _move(self, why: str) -> None:
+        """In a cluster the one node that holds the queue is down: here another queue can be made."""
+        self._channel = self._waiting = None
+        self._queue = self._renew(why)
+        connection, then = self._link.connection, self._then
+        if connection is not None and connection.is_open:
+            self.open(connection, then or (lambda: None))
 
     def _consuming(self, channel: Channel) -> None:
         if channel is not self._channel:
             return
+        self._waiting = None
         left, self._left_at = self._left_at, None
         if left is not None and time.monotonic() - left > EXPIRES_SECONDS * 0.9:
             self._on_gone("the broker was away for so long that the reply queue expired", False)
@@ -121,11 +145,7 @@ class Replies:
         self._channel = None
         text = str(getattr(reason, "reply_text", reason))
         if self.ready and getattr(reason, "reply_code", 0) == _NOT_FOUND:
-            # In a cluster: the one node that holds the queue is down. Here another can be made.
-            self._queue = self._renew(f"the node with the reply queue is down: {text}")
-            connection, then = self._link.connection, self._then
-            if connection is not None and connection.is_open:
-                self.open(connection, then or (lambda: None))
+            self._move(f"the node with the reply queue is down: {text}")
             return
         if self.ready:
             # Deleted by somebody: what was in it is gone.
