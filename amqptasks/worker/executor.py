@@ -49,6 +49,10 @@ class ExecutorSetup:
     concurrency: int
 
 
+#: A year. The system's timers end with its clock's type.
+_LONGEST_ALARM = 365 * 86400.0
+
+
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
     """Raise `SoftTimeLimitExceeded` in the block after `seconds` (SIGALRM, so on the main thread)."""
@@ -57,7 +61,7 @@ def _alarm(seconds: float) -> Iterator[None]:
         raise SoftTimeLimitExceeded(f"{seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_ALARM))
     try:
         yield
     finally:
