@@ -24,13 +24,13 @@ import yaml
 from amqptasks import AmqpTasks
 from amqptasks.broker.admin import queue_counts
 from amqptasks.config import BrokerSettings, mask_url
+from amqptasks.testing.ledger import PATH_VARIABLE, Ledger
 from amqptasks.testing.management import Management
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import VERSION_VARIABLE, PrivateNode
 from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from integration.apps import canvas
-from integration.apps.ledger import PATH_VARIABLE, Ledger
 from integration.store_servers import stop_servers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,6 +21,7 @@ import pytest
 
 from amqptasks import AsyncResult, ChordError, ResultTimeout, SerializationError, StoreUnavailable, chord, group
 from amqptasks.protocol.results import ResultMeta, encode_result
+from amqptasks.testing.ledger import PATH_VARIABLE
 from amqptasks.testing.waiting import wait_until
 from integration.apps import canvas
 from integration.apps.canvas import (
@@ -36,7 +37,6 @@ from integration.apps.canvas import (
     strange,
     total,
 )
-from integration.apps.ledger import PATH_VARIABLE
 from integration.conftest import ROOT, CanvasBench
 from integration.store_servers import MONGODB, SERVERS, server_of
 
@@ -221,7 +221,7 @@ def test_celerys_client_gets_results_from_our_worker(sender: celery.Celery, both
 
 CELERY_WORKER = """
 import os, celery
-from integration.apps.ledger import record
+from amqptasks.testing.ledger import record
 
 app = celery.Celery("receiver", broker=os.environ["BROKER"], backend=os.environ["BACKEND"])
 app.conf.task_default_queue = "celery"

@@ -16,8 +16,8 @@ import celery
 import kombu
 import pytest
 
+from amqptasks.testing.ledger import PATH_VARIABLE
 from amqptasks.testing.waiting import wait_until
-from integration.apps.ledger import PATH_VARIABLE
 from integration.conftest import ROOT, Bench
 
 JOBS = "integration.apps.jobs"
@@ -67,7 +67,7 @@ def test_celerys_countdown_expiry_limits_and_compression_are_understood(bench: B
 
 CELERY_WORKER = """
 import os, celery
-from integration.apps.ledger import record
+from amqptasks.testing.ledger import record
 
 app = celery.Celery("receiver", broker=os.environ["BROKER"])
 app.conf.task_default_queue = "celery"

@@ -21,7 +21,7 @@ from amqptasks.errors import BrokerError, BrokerUnreachable
 
 __all__ = ["Link", "new_loop"]
 
-_PAUSE_FIRST, _PAUSE_MAX = 0.1, 30.0
+_PAUSE_FIRST, _PAUSE_MAX = 0.1, 5.0
 _STABLE_SECONDS = 60.0
 
 
@@ -64,7 +64,7 @@ class Link:
 
     `on_up(connection)` is called when a connection is open; `on_down(error)` when one is lost or an attempt failed,
     with None after `close`. Nodes are tried in a random order, one after the other, before a pause; pauses grow with
-    full jitter up to 30 s and start anew after a minute of stability.
+    full jitter up to 5 s and start anew after a minute of stability.
     """
 
     def __init__(self, loop: IOLoop, parameters: list[pika.ConnectionParameters]) -> None:

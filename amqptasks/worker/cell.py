@@ -12,27 +12,32 @@ import time
 
 __all__ = ["Cell"]
 
-_FORMAT = struct.Struct("=qd")
+_RUNNING, _WHOLE = struct.Struct("=qd"), struct.Struct("=qdq")
 
 
 class Cell:
-    """(delivery tag, start time) of the task that runs; tag 0 when none does. Shared across a fork."""
+    """Tag and start time of the task that runs (tag 0: none), and the tag that began last. Shared across a fork."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _FORMAT.size)
+        self._memory = mmap.mmap(-1, _WHOLE.size)
 
     def begin(self, tag: int, now: float) -> None:
         """In the executor: `tag` starts now."""
-        _FORMAT.pack_into(self._memory, 0, tag, now)
+        _WHOLE.pack_into(self._memory, 0, tag, now, tag)
 
     def end(self) -> None:
         """In the executor: nothing runs."""
-        _FORMAT.pack_into(self._memory, 0, 0, 0.0)
+        _RUNNING.pack_into(self._memory, 0, 0, 0.0)
 
     def read(self) -> tuple[int, float]:
         """In the leader: the running tag (0 for none) and the seconds since it began."""
-        tag, began = _FORMAT.unpack_from(self._memory, 0)
+        tag, began = _RUNNING.unpack_from(self._memory, 0)
         return tag, time.monotonic() - began if tag else 0.0
+
+    def begun(self) -> int:
+        """In the leader: the tag of the task that began last, whether it has ended or not; 0 before the first."""
+        tag: int = _WHOLE.unpack_from(self._memory, 0)[2]
+        return tag
 
     def close(self) -> None:
         """Give the memory back."""

@@ -29,14 +29,15 @@ class Stage(Enum):
 class Delivery:
     """One message that this worker holds.
 
-    `number` names it inside the worker for as long as it is held; `tag` and `epoch` name it to the broker, and change
-    when the connection was lost and the broker delivers the message again while its task still runs here.
+    `number` names it to the executor that holds it, and is another one each time it is given out, so that what an
+    executor says of it too late is not mistaken; `tag` and `epoch` name it to the broker, and change when the
+    connection was lost and the broker delivers the message again while its task still runs here.
     """
 
     __slots__ = ("epoch", "incoming", "number", "queue", "stage", "tag", "unconfirmed", "verdict")
 
-    def __init__(self, number: int, incoming: Incoming, queue: str) -> None:
-        self.number = number
+    def __init__(self, incoming: Incoming, queue: str) -> None:
+        self.number = 0
         self.incoming = incoming
         self.queue = queue
         self.tag = incoming.tag

@@ -99,6 +99,7 @@ class Dispatcher:
         #: Mean run time in seconds, exponentially weighted; None before the first task.
         self.runtime: float | None = None
         self.finished = 0
+        self._given_out = 0
         self._closing = False
         self._respawn_delay = 0.0
         self._limited = False
@@ -182,7 +183,9 @@ class Dispatcher:
                 return
 
     def _stuck(self, executor: ExecutorHandle) -> bool:
-        """Whether it runs a task that takes long, so that nothing should wait behind it."""
+        """Whether it runs a task that takes long, or is silent, so that nothing should wait behind it."""
+        if executor.silent:
+            return True
         return not self._concurrent and bool(executor.inflight) and executor.cell.read()[1] > _LONG_TASK
 
     @property
@@ -209,6 +212,8 @@ class Dispatcher:
         jobs = []
         for delivery in batch:
             delivery.stage = Stage.RUNNING
+            self._given_out += 1
+            delivery.number = self._given_out
             executor.inflight[delivery.number] = delivery
             jobs.append(delivery.job())
             if not self._limited and self._hard_limit(delivery) is not None:
@@ -259,6 +264,7 @@ class Dispatcher:
             # Its end of the socket is closed; the process descriptor says when it is gone.
             self._loop.remove_handler(executor.socket.fileno())
             return
+        executor.silent = False
         for frame in executor.frames.feed(data):
             for report in unpack_reports(frame):
                 self._report(executor, report)
@@ -299,7 +305,7 @@ class Dispatcher:
             if self._limited:
                 self._enforce(executor, number, ran)
             if len(executor.inflight) > 1 and now > executor.lease + LEASE_GRACE:
-                self._take_back(executor, number)
+                self._take_back(executor)
 
     def _enforce(self, executor: ExecutorHandle, number: int, ran: float) -> None:
         delivery = executor.inflight.get(number)
@@ -319,15 +325,19 @@ class Dispatcher:
             )
             executor.signal(signal.SIGKILL)
 
-    def _take_back(self, executor: ExecutorHandle, running: int) -> None:
+    def _take_back(self, executor: ExecutorHandle) -> None:
         """What an executor did not start before its lease ended goes to others; it returns it unstarted."""
+        begun = executor.cell.begun()
+        # What it has reported counts, though this process was stopped for a while and has not read it yet.
+        self._read_rest(executor)
         held = list(executor.inflight)
-        behind = held[held.index(running) + 1 :] if running in executor.inflight else held
+        behind = held[held.index(begun) + 1 :] if begun in executor.inflight else held
         for number in reversed(behind):
             delivery = executor.inflight.pop(number)
             delivery.stage = Stage.WAITING
             self.waiting.appendleft(delivery)
         if behind:
+            executor.silent = True
             self.pump()
 
     # -- death ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,19 @@ __all__ = ["ExecutorHandle", "describe_exit"]
 class ExecutorHandle:
     """The leader's side of one executor."""
 
-    __slots__ = ("cell", "frames", "inflight", "killed_for", "lease", "output", "pid", "pidfd", "socket", "started")
+    __slots__ = (
+        "cell",
+        "frames",
+        "inflight",
+        "killed_for",
+        "lease",
+        "output",
+        "pid",
+        "pidfd",
+        "silent",
+        "socket",
+        "started",
+    )
 
     def __init__(self, pid: int, channel: socket.socket, cell: Cell) -> None:
         self.pid = pid
@@ -30,6 +42,8 @@ class ExecutorHandle:
         self.frames = FrameReader()
         self.output = bytearray()
         self.lease = 0.0
+        #: Nothing was heard of it since something was taken back from it.
+        self.silent = False
         #: Why the leader killed it, for the outcome of the task that ran.
         self.killed_for: Failed | None = None
 

@@ -120,7 +120,6 @@ class Leader:
             call_later=self._loop.call_later,
         )
         self._connection: Any = None
-        self._number = 0
         self._pump_planned = False
         self._paused = False
         self._changed_at = 0.0
@@ -263,8 +262,7 @@ class Leader:
     # -- messages -------------------------------------------------------------------------------------------------
 
     def _message(self, incoming: Incoming) -> None:
-        self._number += 1
-        delivery = Delivery(self._number, incoming, self._plan.queue)
+        delivery = Delivery(incoming, self._plan.queue)
         outcome = examine(incoming.properties.headers, self._tasks)
         if outcome is not None:
             self._refuse(delivery, outcome)

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from amqptasks import AmqpTasks, Ignore, group
-from integration.apps.ledger import record
+from amqptasks.testing.ledger import record
 
 app = AmqpTasks("canvas")
 

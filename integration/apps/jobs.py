@@ -14,7 +14,7 @@ import structlog
 from pydantic import BaseModel
 
 from amqptasks import AmqpTasks, Ignore, Reject, shared_task
-from integration.apps.ledger import record
+from amqptasks.testing.ledger import record
 
 app = AmqpTasks("jobs")
 log = structlog.get_logger("jobs")

@@ -36,7 +36,7 @@ def delivery(number: int = 1, *, tag: int | None = None, epoch: int = 1, **heade
     method = pika.spec.Basic.Deliver("consumer", tag or number, False, "amqptasks", "email")
     known = {"task": "shop.mail", "id": f"id-{number}", "retries": 0, **headers}
     properties = pika.BasicProperties(headers=known, correlation_id=f"id-{number}", priority=4, expiration="5000")
-    return Delivery(number, Incoming(epoch, method, properties, b"[[],{},{}]"), "email")
+    return Delivery(Incoming(epoch, method, properties, b"[[],{},{}]"), "email")
 
 
 class Wire:
