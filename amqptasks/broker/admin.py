@@ -134,8 +134,8 @@ class _Declaring:
         self._invalid: list[str] = []
         self._missing: list[str] = []
         self._refused: list[str] = []
-        #: What the broker said when it was asked for the entity that is refused now.
-        self._why_not = ""
+        #: What this user may not even ask for.
+        self._hidden: list[str] = []
 
     def run(self, topology: Topology) -> None:
         step = self._check if self._passive else self._declare
@@ -143,6 +143,11 @@ class _Declaring:
             step(exchange)
         for queue in topology.queues:
             step(queue)
+        if len(self._hidden) == len(topology.exchanges) + len(topology.queues):
+            self._refused.append(
+                f"the user has no permission here: {self._hidden[0]}. Give the user what its role needs "
+                "(`amqptasks topology permissions`), or configure permission to make it all"
+            )
         self._raise_problems()
         if not self._passive:
             self._bind_all(topology.bindings)
@@ -167,24 +172,30 @@ class _Declaring:
         self._reserved.add(kind)
         if not self._exists(entity):
             self._refused.append(
-                f"the {kind} {entity.name!r} {self._why_not}, and the user may not make it: {reply_text}. "
+                f"the {kind} {entity.name!r} does not exist, and the user may not make it: {reply_text}. "
                 f"Give the user configure permission on it{_more_permissions(entity)}, or make it with another user"
             )
 
     def _exists(self, entity: Exchange | Queue) -> bool:
-        """Whether the broker holds an entity of that name, as far as the user may know.
+        """Whether the broker holds an entity of that name.
 
-        Before RabbitMQ 4.3 every user may ask; 4.3.0 wants configure permission on it, later ones any permission.
+        Before RabbitMQ 4.3 every user may ask; 4.3.0 wants configure permission on it, later ones any permission. What
+        may not be asked for belongs to somebody else, who has made it: a worker needs no permission on what only the
+        broker publishes to.
         """
         try:
             _send_passive(self._channels.get(), entity)
         except ChannelClosedByBroker as closed:
-            if closed.reply_code not in (403, 404):
+            if closed.reply_code == 403:
+                self._hide(entity, closed.reply_text)
+            elif closed.reply_code != 404:
                 self._note(entity, closed)
-                return True
-            self._why_not = "does not exist" if closed.reply_code == 404 else "may not be looked up"
-            return False
+            return bool(closed.reply_code != 404)
         return True
+
+    def _hide(self, entity: Exchange | Queue, reply_text: str) -> None:
+        logger.info("%s %r may not be looked up; taken as made already", _kind(entity), entity.name)
+        self._hidden.append(f"the {_kind(entity)} {entity.name!r} may not be looked up: {reply_text}")
 
     def _check(self, entity: Exchange | Queue) -> None:
         try:
@@ -194,7 +205,7 @@ class _Declaring:
             if closed.reply_code == 404:
                 self._missing.append(f"{kind} {entity.name!r}")
             elif closed.reply_code == 403:
-                self._refused.append(f"the {kind} {entity.name!r} cannot be looked up: {closed.reply_text}")
+                self._hide(entity, closed.reply_text)
             else:
                 self._note(entity, closed)
 

@@ -20,6 +20,7 @@ _COMMANDS = {
     "call": ("amqptasks.cli.call_cmd", "call_command", "Call a task by name and print its id."),
     "result": ("amqptasks.cli.result_cmd", "result_command", "Show a task's result."),
     "config": ("amqptasks.cli.config_cmd", "config_group", "Check, show or describe the configuration."),
+    "topology": ("amqptasks.cli.topology_cmd", "topology_group", "Exchanges, queues, permissions: show, apply."),
     "routes": ("amqptasks.cli.routes_cmd", "routes_group", "Show where a task would go, and why."),
 }
 
