@@ -23,6 +23,12 @@ def noop() -> None:
     """Nothing."""
 
 
+@amqp_app.task(name="bench.fails")
+def fails() -> None:
+    """Always."""
+    raise ValueError("as it must")
+
+
 @amqp_app.task(name="bench.mark")
 def mark() -> None:
     """Write the time."""

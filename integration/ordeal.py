@@ -56,7 +56,7 @@ class Ordeal:
         self.through = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
         self.ledger = Ledger(folder / "ledger")
         self.config = folder / "amqptasks.yaml"
-        broker = {"url": node.url, "heartbeat": 2, "publish_timeout": 30}
+        broker = {"url": node.url, "heartbeat": 10, "publish_timeout": 30}
         self.config.write_text(yaml.safe_dump({"broker": broker, "queues": {"default": {}}}))
         self.app = AmqpTasks("client", config=self.config, broker=self.through)
         self.app.declare()
