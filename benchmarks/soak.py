@@ -34,7 +34,10 @@ MOST_WAITING = 20_000
 
 @dataclass(frozen=True)
 class Sample:
-    """What the worker's processes hold together. Memory in MB: resident, without what is shared."""
+    """What the worker's processes hold together. Memory in MB, resident.
+
+    Memory without what they share grows for a while after the fork, as pages are written to for the first time.
+    """
 
     tasks: int
     memory: float
@@ -47,7 +50,7 @@ def sample(root: int, tasks: int) -> Sample:
     processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
     return Sample(
         tasks,
-        sum(one.memory_full_info().uss for one in processes) / 1e6,
+        sum(one.memory_info().rss for one in processes) / 1e6,
         sum(one.num_fds() for one in processes),
         sum(one.num_threads() for one in processes),
     )
