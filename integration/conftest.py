@@ -59,9 +59,11 @@ def _container(stack: contextlib.ExitStack) -> Broker | None:
             client.images.get(_IMAGE)
     except DockerException:
         return None
-    from testcontainers.community.rabbitmq import RabbitMqContainer
+    from testcontainers.core.container import DockerContainer
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
-    container = stack.enter_context(RabbitMqContainer(_IMAGE).with_exposed_ports(5672, 15672))
+    started = LogMessageWaitStrategy("Server startup complete")
+    container = stack.enter_context(DockerContainer(_IMAGE).with_exposed_ports(5672, 15672).waiting_for(started))
     host = container.get_container_host_ip()
     return Broker(
         f"container of {_IMAGE}",
