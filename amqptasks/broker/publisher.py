@@ -73,6 +73,8 @@ class _Io:
             prepare=None if self.replies is None else self.replies.open,
         )
         self.inbox: deque[Pending] = deque()
+        #: Reply queues that were left: a call that is on its way from its thread may still name one.
+        self._left_queues: list[str] = []
         self.scheduled = False
         self.stopping = False
         #: Why nothing is published any more; None while the thread runs.
@@ -82,6 +84,7 @@ class _Io:
     def _renew_replies(self, why: str) -> str:
         """Have replies come to another queue, also those to messages that are not confirmed yet."""
         old, new = self.publisher.renew_reply_queue()
+        self._left_queues.append(old)
         kept = {
             one.envelope.correlation_id or ""
             for one in [*self.confirms.waiting(), *list(self.inbox)]
@@ -118,6 +121,9 @@ class _Io:
         self.scheduled = False
         inbox = self.inbox
         taken = [inbox.popleft() for _ in range(len(inbox))]
+        for old in self._left_queues:
+            for one in taken:
+                one.redirect(old, self.publisher.reply_queue)
         if taken:
             self.confirms.submit(*taken)
 

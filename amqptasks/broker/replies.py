@@ -170,6 +170,10 @@ class Replies:
             self._on_reply(body)
         except Exception:  # what is no result must not end the thread that publishes
             logger.exception("A message in the reply queue is no result; dropped")
+        if channel is not self._channel:
+            # The queue before a move, whose node answered late after all. Tags count anew on each channel.
+            channel.basic_ack(method.delivery_tag)
+            return
         self._tag = method.delivery_tag
         self._unacked += 1
         if self._unacked >= _ACK_EVERY:

@@ -155,7 +155,7 @@ def _source() -> Any:
 
     Imported and made when a variable is set: it takes 50 ms, half of what this package does.
     """
-    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict  # noqa: PLC0415
+    from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict  # noqa: PLC0415 - slow
 
     class FromEnvironment(Settings, BaseSettings):
         model_config = SettingsConfigDict(

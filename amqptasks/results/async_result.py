@@ -253,7 +253,7 @@ class ResultSet:
 
     join = get
 
-    async def aget(self, timeout: float | None = None, *, propagate: bool = True) -> list[Any]:  # noqa: ASYNC109
+    async def aget(self, timeout: float | None = None, *, propagate: bool = True) -> list[Any]:  # noqa: ASYNC109 - as `get`
         """`get` for asyncio."""
         async with asyncio.timeout(timeout):
             return [await one.aget(propagate=propagate) for one in self.results]

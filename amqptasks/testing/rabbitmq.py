@@ -119,11 +119,7 @@ class PrivateNode:
             (self.folder / file).write_bytes(content)
 
     def _command(self, *command: str) -> list[str]:
-        if self._tree is None:
-            return list(command)
-        for path in [self.folder, *self.folder.rglob("*")]:
-            os.chown(path, self._tree.uid, self._tree.gid, follow_symlinks=False)
-        return self._tree.command(self.folder, *command)
+        return list(command) if self._tree is None else self._tree.command(self.folder, *command)
 
     def _write_files(self, plugins: Sequence[str], config: Mapping[str, str], *, tune: bool) -> None:
         home = self.folder / "home"
@@ -178,6 +174,9 @@ class PrivateNode:
 
     def start(self) -> None:
         """Start the node and wait until it takes connections. Raises `NodeError` with the end of its log."""
+        if self._tree is not None:
+            for path in [self.folder, *self.folder.rglob("*")]:
+                os.chown(path, self._tree.uid, self._tree.gid, follow_symlinks=False)
         output = (self.folder / "output").open("ab")
         with output:
             self._process = subprocess.Popen(

@@ -78,6 +78,7 @@ class MemcachedStore(ResultStore):
             elif _is_ready(found):
                 return
             else:
+                # mypy cannot infer a lambda that has a default.
                 done = self._run(
                     lambda token=token: self._client.cas(key, encoded, token, self._lifetime, noreply=False)  # type: ignore[misc]
                 )

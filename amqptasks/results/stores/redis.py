@@ -188,6 +188,7 @@ class _News:
 
     def _subscribe(self, ids: list[str]) -> None:
         if self._pubsub is None:
+            # redis-py has no types there.
             self._pubsub = self._store._client.pubsub()  # type: ignore[no-untyped-call]
             ids = list(self._listeners)
             self._pubsub.subscribe(*(_TASK + one for one in ids))

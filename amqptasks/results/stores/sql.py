@@ -174,6 +174,7 @@ class SqlStore(ResultStore):
             query = sa.select(_results.c.task_id, _results.c.body).where(
                 _results.c.task_id.in_(some), _results.c.updated_at > self._oldest()
             )
+            # mypy cannot infer a lambda that has a default.
             rows = self._run(lambda connection, query=query: connection.execute(query).all())  # type: ignore[misc]
             found.update({row[0]: bytes(row[1]) for row in rows})
         return found
@@ -183,6 +184,7 @@ class SqlStore(ResultStore):
         for start in range(0, len(task_ids), _BATCH):
             some = task_ids[start : start + _BATCH]
             query = _results.delete().where(_results.c.task_id.in_(some))
+            # As above.
             self._run(lambda connection, query=query: connection.execute(query))  # type: ignore[misc]
 
     def put_group(self, group_id: str, encoded: bytes) -> None:
