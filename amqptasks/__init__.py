@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amqptasks import states
+    from amqptasks import signals, states
     from amqptasks.app import AmqpTasks, current_app, shared_task
     from amqptasks.canvas import Signature, chain, chord, chunks, group, signature
     from amqptasks.errors import (
@@ -118,14 +118,15 @@ __all__ = [
     "current_app",
     "group",
     "shared_task",
+    "signals",
     "signature",
     "states",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "states":
-        return importlib.import_module("amqptasks.states")
+    if name in {"signals", "states"}:
+        return importlib.import_module(f"amqptasks.{name}")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'amqptasks' has no attribute {name!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
-import sys
 import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,15 +16,19 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overlo
 from amqptasks.broker.admin import declare
 from amqptasks.broker.aio import AioPublisher
 from amqptasks.broker.publisher import Publisher, ReplyTo
+from amqptasks.broker.sent_events import SentEvents
 from amqptasks.builtin import builtin_tasks
 from amqptasks.calls import Callee, Calls, NamedCallee
 from amqptasks.canvas import Signature
 from amqptasks.client import Client
 from amqptasks.config import Settings, load_settings
+from amqptasks.config.quantities import parse_rate
+from amqptasks.control import Control
 from amqptasks.errors import ConfigError
+from amqptasks.making import class_task, make_task
 from amqptasks.message import Envelope
-from amqptasks.options import TaskOptions, TaskOptionsArguments, task_options
-from amqptasks.protocol.results import decode_result
+from amqptasks.options import TaskOptions, TaskOptionsArguments
+from amqptasks.periodic import Periodic
 from amqptasks.results import AsyncResult as Handle
 from amqptasks.results import GroupResult as GroupHandle
 from amqptasks.results.access import NoResults, Results, StoredResults
@@ -49,7 +52,7 @@ _last_app: AmqpTasks | None = None
 _NONE: Mapping[str, Any] = {}
 
 
-class AmqpTasks:
+class AmqpTasks(Periodic):
     """The tasks of one application and the way to the broker.
 
     Args:
@@ -98,13 +101,21 @@ class AmqpTasks:
                 return load_settings(data=self._config, overrides=self._overrides)
             return load_settings(self._config, overrides=self._overrides)
 
-    def configure(self, *, config: str | Path | None = None, broker: str | None = None) -> None:
+    def configure(
+        self,
+        *,
+        config: str | Path | None = None,
+        broker: str | None = None,
+        worker: Mapping[str, object] | None = None,
+    ) -> None:
         """Read another file, or use another broker, as the command line's flags say. Before the first call only."""
         if config is not None:
             self._config = config
         if broker is not None:
             self._overrides["broker"] = {"url": broker}
-        for name in ("settings", "router", "topology", "results", "result_store", "calls", "_eager"):
+        if worker:
+            self._overrides["worker"] = dict(worker)
+        for name in ("settings", "router", "topology", "results", "result_store", "calls", "control", "_eager"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -115,7 +126,7 @@ class AmqpTasks:
     @cached_property
     def topology(self) -> Topology:
         """What the settings declare in the broker."""
-        return build_topology(self.settings)
+        return build_topology(self.settings, {name: scope for name, (_, scope) in self.rate_limits().items()})
 
     def declare(self) -> None:
         """Declare exchanges, queues and bindings. Idempotent. Raises `TopologyConflict`, `BrokerError`."""
@@ -127,28 +138,37 @@ class AmqpTasks:
     def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
     @overload
     def task(
-        self, *, bind: Literal[True], **options: Unpack[TaskOptionsArguments]
+        self, *, bind: Literal[True], base: type[AnyTask] = ..., **options: Unpack[TaskOptionsArguments]
     ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
     @overload
     def task(
-        self, *, bind: Literal[False] = False, **options: Unpack[TaskOptionsArguments]
+        self, *, bind: Literal[False] = False, base: type[AnyTask] = ..., **options: Unpack[TaskOptionsArguments]
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
-    def task(self, *function: Callable[..., Any], bind: bool = False, **options: Any) -> Any:
+    def task(
+        self, *function: Callable[..., Any], bind: bool = False, base: type[AnyTask] = Task, **options: Any
+    ) -> Any:
         """Make a function a task: ``@app.task`` or ``@app.task(bind=True, queue="email", …)``.
 
-        Raises `ConfigError` for an option that does not exist or does not fit.
+        `base` is a subclass of `Task` with hooks and options of its own. Raises `ConfigError` for an option that does
+        not exist or does not fit.
         """
 
         def decorate(wrapped: Callable[..., Any]) -> AnyTask:
-            made = _make_task(wrapped, self.name, bind, options, lambda: self)
-            other = self._own.get(made.name)
-            # The same function again is a module that is reloaded; another one would take its messages.
-            if other is not None and (other.__module__, other.__qualname__) != (made.__module__, made.__qualname__):
-                raise ConfigError(f"task {made.name!r} is defined twice: {other.function!r} and {wrapped!r}")
-            self._own[made.name] = made
-            return made
+            return self._add(make_task(wrapped, self.name, bind, base, options, lambda: self))
 
         return decorate(*function) if function else decorate
+
+    def register_task(self, task: type[AnyTask] | AnyTask) -> AnyTask:
+        """Add a task that is a class: a subclass of `Task` with a `run` method. Raises `ConfigError`."""
+        return self._add(class_task(task, self.name, lambda: self))
+
+    def _add(self, made: AnyTask) -> AnyTask:
+        other = self._own.get(made.name)
+        # The same function again is a module that is reloaded; another one would take its messages.
+        if other is not None and (other.__module__, other.__qualname__) != (made.__module__, made.__qualname__):
+            raise ConfigError(f"task {made.name!r} is defined twice: {other.function!r} and {made.function!r}")
+        self._own[made.name] = made
+        return made
 
     def effective_options(self, task: AnyTask) -> TaskOptions:
         """The task's options with the file's ``tasks:`` section on top; later patterns win."""
@@ -162,6 +182,14 @@ class AmqpTasks:
                 found.update(extra.model_dump(exclude_unset=True))
         return found
 
+    def rate_limits(self) -> dict[str, tuple[float, str]]:
+        """Task -> (starts a second, scope) of those that have a rate limit, or had one: 0 lifts it."""
+        return {
+            name: (parse_rate(task.options.rate_limit), task.options.rate_limit_scope)
+            for name, task in self.tasks.items()
+            if task.options.rate_limit is not None
+        }
+
     def import_tasks(self) -> None:
         """Import the modules of ``include``, here and in the settings. Raises `ConfigError` naming the module."""
         for module in (*self._include, *self.settings.include):
@@ -172,6 +200,7 @@ class AmqpTasks:
                     raise ConfigError(f"include: module {module!r} does not exist") from None
                 raise
         self._check_queues()
+        self.__dict__.pop("topology", None)  # which may have been asked for when some tasks were not known
 
     def autodiscover_tasks(self, packages: Iterable[str], related_name: str = "tasks") -> None:
         """Have the worker import ``<package>.<related_name>`` of each package, where it exists."""
@@ -201,20 +230,21 @@ class AmqpTasks:
         with self._lock:
             settings = self.settings
             common: dict[str, Any] = {"declare": self.declare, "knows_route": self.topology.routes, "name": self.name}
+            common["keys"] = self.calls.keys
             results = self.results
             inbox = results if isinstance(results, ReplyInbox) else None
             replies = None
             if inbox is not None:
-                replies = ReplyTo(
-                    lambda body: inbox.receive(decode_result(body)), inbox.gone, inbox.give_up, settings.result.expires
-                )
+                replies = ReplyTo(inbox.take, inbox.gone, inbox.give_up, settings.result.expires)
+            publisher = Publisher(settings.broker, **common, replies_to=replies)
             return Client(
                 self.calls,
-                Publisher(settings.broker, **common, replies_to=replies),
+                publisher,
                 AioPublisher(settings.broker, **common),
                 results=results,
                 inbox=inbox,
                 eager=self._run_eagerly if settings.testing.always_eager else None,
+                sent_events=SentEvents(publisher) if settings.events.send_sent else None,
             )
 
     def _run_eagerly(self, envelopes: Sequence[Envelope]) -> None:
@@ -227,15 +257,24 @@ class AmqpTasks:
         eager = importlib.import_module("amqptasks.eager")
         return eager.Eager(self.settings, self.calls, self.tasks, self.results, store)
 
+    @cached_property
+    def control(self) -> Control:
+        """Words to the workers: `revoke`."""
+        settings = self.settings
+        return Control(self.client, settings.topology.prefix, expires=settings.revoke.expires)
+
     # -- results --------------------------------------------------------------------------------------------------
 
     @cached_property
     def results(self) -> Results:
         """Where callers of this process find results. Raises `ConfigError`."""
+        made: Results
         if self.settings.testing.always_eager or self.settings.result.backend.startswith("rpc://"):
-            return ReplyInbox()
-        store = self.result_store
-        return NoResults() if store is None else StoredResults(store)
+            made = ReplyInbox()
+        else:
+            made = NoResults() if self.result_store is None else StoredResults(self.result_store)
+        made.revoker = lambda: self.control
+        return made
 
     @cached_property
     def result_store(self) -> ResultStore | None:
@@ -289,6 +328,12 @@ class AmqpTasks:
         """`apply_signature` for asyncio."""
         return await self.client.aapply(signature, args, kwargs)
 
+    @cached_property
+    def dead_letters(self) -> Any:
+        """The dead letters of the app's queues: `amqptasks.deadletters.DeadLetters`."""
+        # For operators: a program that only publishes does not import it.
+        return importlib.import_module("amqptasks.deadletters").DeadLetters(self, self.client.publish_many)
+
     def close(self) -> None:
         """Close the connections of this process, if they were opened."""
         if "client" in self.__dict__:
@@ -311,7 +356,9 @@ class AmqpTasks:
     def _builtin(self) -> dict[str, AnyTask]:
         made: dict[str, AnyTask] = {}
         for name, function in builtin_tasks(self._task_named).items():
-            made[name] = Task(function, name=name, options=TaskOptions(max_retries=0), bind=False, host=lambda: self)
+            made[name] = Task[..., Any]().made_of(
+                function, name=name, options=TaskOptions(max_retries=0), bind=False, host=lambda: self
+            )
         return made
 
     def _callee(self, name: str) -> Callee:
@@ -329,70 +376,21 @@ def current_app() -> AmqpTasks:
 def shared_task(function: Callable[P, R], /) -> Task[P, R]: ...
 @overload
 def shared_task(
-    *, bind: Literal[True], **options: Unpack[TaskOptionsArguments]
+    *, bind: Literal[True], base: type[AnyTask] = ..., **options: Unpack[TaskOptionsArguments]
 ) -> Callable[[Callable[Concatenate[Any, P], R]], Task[P, R]]: ...
 @overload
 def shared_task(
-    *, bind: Literal[False] = False, **options: Unpack[TaskOptionsArguments]
+    *, bind: Literal[False] = False, base: type[AnyTask] = ..., **options: Unpack[TaskOptionsArguments]
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
-def shared_task(*function: Callable[..., Any], bind: bool = False, **options: Any) -> Any:
+def shared_task(*function: Callable[..., Any], bind: bool = False, base: type[AnyTask] = Task, **options: Any) -> Any:
     """Make a function a task of whichever app there is: for libraries and reusable packages."""
 
     def decorate(wrapped: Callable[..., Any]) -> AnyTask:
-        made = _make_task(wrapped, "shared", bind, options, current_app)
+        made = make_task(wrapped, "shared", bind, base, options, current_app)
         _shared[made.name] = made
         return made
 
     return decorate(*function) if function else decorate
 
 
-def _make_task(
-    function: Callable[..., Any], app: str, bind: bool, options: Mapping[str, Any], host: Callable[[], AmqpTasks]
-) -> AnyTask:
-    given = dict(options)
-    name = given.pop("name", None) or f"{_module_name(function.__module__, app)}.{function.__name__}"
-    return Task(function, name=name, options=task_options(name, given), bind=bind, host=host)
-
-
-def _module_name(module: str, app: str) -> str:
-    """A name that the worker will see too: ``__main__`` is the module's real name, else the app's."""
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name:
-        return str(spec.name).removesuffix(".__main__")
-    file = getattr(main, "__file__", None)
-    return Path(file).stem if file else app
-
-
 use_results_of(lambda: current_app().results)
-
-
-def find_app(name: str) -> AmqpTasks:
-    """The app that ``-A`` names: ``module:attribute``, or a module with an `app`, or one in ``<module>.amqptasks``.
-
-    Raises `ConfigError` naming what was looked for.
-    """
-    module_name, _, attribute = name.partition(":")
-    candidates = [module_name] if attribute else [module_name, f"{module_name}.amqptasks"]
-    for candidate in candidates:
-        try:
-            module = importlib.import_module(candidate)
-        except ModuleNotFoundError as error:
-            if error.name is not None and (candidate == error.name or candidate.startswith(error.name + ".")):
-                continue
-            raise
-        names = [attribute] if attribute else ["app", "amqptasks"]
-        for one in names:
-            found = getattr(module, one, None)
-            if isinstance(found, AmqpTasks):
-                return found
-        if not attribute:
-            apps = [value for value in vars(module).values() if isinstance(value, AmqpTasks)]
-            if len(apps) == 1:
-                return apps[0]
-    raise ConfigError(
-        f"no app at {name!r}: looked in {', '.join(candidates)} for an AmqpTasks instance. "
-        "Is the module's folder the current one, or on PYTHONPATH?"
-    )

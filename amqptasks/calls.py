@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import uuid
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
+from amqptasks.announce import Announced, announce
 from amqptasks.canvas import Signature
 from amqptasks.canvas.types import as_list
 from amqptasks.config import Settings
 from amqptasks.errors import ConfigError
+from amqptasks.ids import new_id
 from amqptasks.message import Envelope
 from amqptasks.options import TaskOptions
 from amqptasks.protocol.compression import mime_type
@@ -20,6 +23,7 @@ from amqptasks.protocol.serializers import serializer as serializer_named
 from amqptasks.protocol.task import EMPTY_EMBED, TaskHeaders, task_envelope
 from amqptasks.request import current_request
 from amqptasks.routing import Route, Router
+from amqptasks.signals import before_task_publish
 from amqptasks.topology.delays import delayed
 
 __all__ = ["Callee", "Calls", "NamedCallee", "Prepared", "seconds_until"]
@@ -74,6 +78,10 @@ class Prepared(NamedTuple):
     retry: bool
     policy: Mapping[str, Any] | None
     ignored: bool
+    #: As the signals of publishing show it.
+    body: Announced
+    #: When it was made (`time.time`).
+    called: float
 
 
 class Calls:
@@ -85,8 +93,29 @@ class Calls:
 
     def __init__(self, settings: Settings, router: Router, callee: Callable[[str], Callee]) -> None:
         self._settings = settings
+        #: The keys of messages' signatures; None where nothing is signed.
+        self.keys = settings.security.keyring()
         self._router = router
         self.callee = callee
+
+    def signed(self, envelope: Envelope) -> Envelope:
+        """The envelope with its signature, where messages are signed. A publisher signs what it publishes itself."""
+        if self.keys is not None:
+            self.keys.sign(envelope)
+        return envelope
+
+    def pin(self, one: Signature) -> None:
+        """Write into a task's signature where it goes by these settings: a process with others may send it."""
+        options, own = one.options, self.callee(one.task).options
+        if any(options.get(name) is not None for name in ("queue", "exchange", "routing_key")):
+            return
+        name = _routed_as(one.task, one.to_dict()["kwargs"], options.get("shadow"))
+        route = self._router.resolve(name, task_queue=own.queue, task_priority=own.priority)
+        options.update(exchange=route.exchange, routing_key=route.routing_key)
+        if route.queue is not None:
+            options["queue"] = route.queue
+        if route.priority is not None:
+            options.setdefault("priority", route.priority)
 
     def prepare_all(self, signatures: Sequence[Signature], *, check: bool = True) -> list[Prepared]:
         """Plain signatures as envelopes. Nothing is published.
@@ -99,7 +128,8 @@ class Calls:
             if not check:
                 callee = NamedCallee(callee.name, callee.options)
                 # Celery's clients put more into a signature's options than they send.
-                options = {name: value for name, value in options.items() if name in _OPTIONS}
+                known = _OPTIONS.union(options.get("stamped_headers") or ())
+                options = {name: value for name, value in options.items() if name in known}
             prepared.append(self.prepare(callee, one.args, one.kwargs, **options))
         return prepared
 
@@ -136,8 +166,18 @@ class Calls:
         mandatory: bool = True,
         shadow: str | None = None,
         reply_to: str | None = None,
+        stamped_headers: Sequence[str] | None = None,
+        **stamps: Any,
     ) -> Prepared:
-        """One call as an envelope on its way. Raises `TypeError` for an option that does not exist."""
+        """One call as an envelope on its way. Raises `TypeError` for an option that does not exist.
+
+        As with Celery, a stamp is an option whose name is in `stamped_headers`.
+        """
+        if stamps or stamped_headers is not None:
+            _check_stamps(stamped_headers or (), stamps)
+        for limit in (time_limit, soft_time_limit):
+            if limit is not None and not 0 <= limit < inf:
+                raise ConfigError(f"a time limit must be a number of seconds of at least 0, not {limit!r}")
         name, own = callee.name, callee.options
         args, kwargs = callee.validate(args, kwargs)
         route = self._router.resolve(
@@ -151,7 +191,7 @@ class Calls:
         )
         task_headers = TaskHeaders(
             task=name,
-            id=task_id or str(uuid.uuid4()),
+            id=task_id or new_id(),
             root_id=root_id,
             parent_id=parent_id,
             group=group_id,
@@ -160,6 +200,7 @@ class Calls:
             soft_time_limit=own.soft_time_limit if soft_time_limit is None else soft_time_limit,
             ignore_result=own.ignore_result if ignore_result is None else ignore_result,
             shadow=shadow,
+            stamps=stamps,
             extra=headers or {},
         )
         parent = current_request()
@@ -168,6 +209,7 @@ class Calls:
         exchange_now, key_now = self._delay(task_headers, route, countdown, eta)
         expiration = self._expiry(task_headers, own.expires if expires is None else expires)
         packing = compression or own.compression or self._settings.serialization.compression
+        embed = _embed(link, link_error, chain, chord)
         envelope = task_envelope(
             task_headers,
             args,
@@ -175,15 +217,22 @@ class Calls:
             serializer=serializer_named(serializer or own.serializer or self._settings.serialization.serializer),
             exchange=exchange_now,
             routing_key=key_now,
-            embed=_embed(link, link_error, chain, chord),
+            embed=embed,
             compression=None if packing is None else mime_type(packing),
             priority=route.priority,
             reply_to=reply_to,
             mandatory=mandatory,
         )
         envelope.expiration = expiration
-        ignored = task_headers.ignore_result
-        return Prepared(envelope, retry, retry_policy, ignored)
+        if route.queue is None and route.exchange == self._settings.topology.prefix and key_now != route.routing_key:
+            # It may lead to a queue of another name: nobody can look for that before the delay.
+            envelope.mandatory = False
+        prepared = Prepared(
+            envelope, retry, retry_policy, task_headers.ignore_result, (args, kwargs, embed), time.time()
+        )
+        if before_task_publish.receivers:
+            announce(envelope, prepared.body, retry_policy)
+        return prepared
 
     def _delay(
         self, headers: TaskHeaders, route: Route, countdown: float | None, eta: datetime | None
@@ -206,7 +255,18 @@ class Calls:
         return str(max(0, int(left * 1000))) if headers.eta is None else None
 
 
-_OPTIONS = frozenset(inspect.signature(Calls.prepare).parameters) - {"self", "callee", "args", "kwargs"}
+_OPTIONS = frozenset(inspect.signature(Calls.prepare).parameters) - {"self", "callee", "args", "kwargs", "stamps"}
+
+
+def _check_stamps(names: Sequence[str], stamps: Mapping[str, Any]) -> None:
+    unknown = sorted(stamps.keys() - set(names))
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}, and `stamped_headers` does not name it")
+    missing = sorted(set(names) - stamps.keys())
+    if missing:
+        raise TypeError(
+            f"`stamped_headers` names {missing[0]!r}, which is not given, or is an option of another meaning"
+        )
 
 
 def _routed_as(name: str, kwargs: Mapping[str, Any], shadow: str | None) -> str:

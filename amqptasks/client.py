@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from amqptasks.announce import announce_published
 from amqptasks.broker.aio import AioPublisher
 from amqptasks.broker.publisher import Publisher
+from amqptasks.broker.sent_events import SentEvents
 from amqptasks.calls import Callee, Calls, Prepared
-from amqptasks.canvas import Signature, chain, chord, group
-from amqptasks.canvas.plan import expand, freeze, normal
+from amqptasks.canvas import Signature, group
+from amqptasks.canvas.plan import bodies, expand, freeze, normal
+from amqptasks.errors import PublishError
+from amqptasks.ids import new_id
 from amqptasks.message import Envelope
 from amqptasks.request import current_request
-from amqptasks.results import AsyncResult, GroupResult, from_handle
+from amqptasks.results import AsyncResult, Expected, GroupResult, from_handle
 from amqptasks.results.access import Results
 from amqptasks.results.inbox import ReplyInbox
+from amqptasks.signals import after_task_publish
 
 __all__ = ["Client"]
 
@@ -29,6 +33,7 @@ class Client:
         results: where handles look.
         inbox: gets the replies, where results come over AMQP.
         eager: runs messages here and now, instead of publishing them.
+        sent_events: tells monitors of calls; None where they are not told.
     """
 
     def __init__(
@@ -40,7 +45,9 @@ class Client:
         results: Results,
         inbox: ReplyInbox | None,
         eager: Callable[[Sequence[Envelope]], None] | None = None,
+        sent_events: SentEvents | None = None,
     ) -> None:
+        self._sent_events = None if eager is not None else sent_events
         self._eager = eager
         self._calls = calls
         self._publisher = publisher
@@ -52,16 +59,17 @@ class Client:
 
     def send(self, callee: Callee, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any) -> AsyncResult[Any]:
         """Publish one call and return after the broker's confirm. Raises what `Task.delay` raises."""
-        prepared = self._mine(self._calls.prepare(callee, args, kwargs, **options))
+        prepared = self._calls.prepare(callee, args, kwargs, **options)
         handle = self._handle(callee, prepared)
         self._publish(prepared)
+        self._sent(prepared)
         return handle
 
     async def asend(
         self, callee: Callee, args: Sequence[Any], kwargs: Mapping[str, Any], **options: Any
     ) -> AsyncResult[Any]:
         """`send` for asyncio."""
-        prepared = self._mine(self._calls.prepare(callee, args, kwargs, **options))
+        prepared = self._calls.prepare(callee, args, kwargs, **options)
         handle = self._handle(callee, prepared)
         wants_reply = self._inbox is not None and not prepared.ignored
         if self._eager is not None or (wants_reply and not self._publisher.replies_ready):
@@ -69,6 +77,7 @@ class Client:
             await asyncio.to_thread(self._publish, prepared)
         else:
             await self._async_publisher.publish(prepared.envelope, retry=prepared.retry, retry_policy=prepared.policy)
+        self._sent(prepared)
         return handle
 
     def send_many(
@@ -79,9 +88,7 @@ class Client:
         Nothing is published when one call cannot be prepared. Raises the first `PublishError`, with all of them in
         its ``failed`` attribute as ``(index, error)``; calls that are not named there are confirmed.
         """
-        prepared = [
-            self._mine(self._calls.prepare(callee, args, kwargs, **options)) for callee, args, kwargs, options in calls
-        ]
+        prepared = [self._calls.prepare(callee, args, kwargs, **options) for callee, args, kwargs, options in calls]
         handles = [self._handle(call[0], one) for call, one in zip(calls, prepared, strict=True)]
         self._publish_many(prepared)
         return handles
@@ -116,33 +123,56 @@ class Client:
         parent = current_request()
         if parent is not None and parent.root_id:
             common["root_id"] = parent.root_id
-        handle = freeze(made, lambda: str(uuid.uuid4()), common=common)
+        handle = freeze(made, new_id, common=common)
+        for one in bodies(made):
+            self._calls.pin(one)
         prepared = self._calls.prepare_all(expand(made))
-        if self._inbox is not None:
-            for one in made.walk():
-                if "task_id" in one.options and not isinstance(one, group):
-                    self._inbox.expect(one.options["task_id"])
-        end = made
-        while isinstance(end, chain | chord):
-            end = end.tasks[-1] if isinstance(end, chain) else end.body or end
-        found = from_handle(handle, self._results, self._calls.callee(end.task).convert)
+        expected: dict[str, Expected] = {}
+        slots = []  # held until the handles hold them
+        for one in made.walk():
+            if "task_id" in one.options and not isinstance(one, group):
+                task_id, callee = one.options["task_id"], self._calls.callee(one.task)
+                ignored = one.options.get("ignore_result")
+                ignored = callee.options.ignore_result if ignored is None else bool(ignored)
+                expected[task_id] = Expected(callee.convert, ignored)
+                if self._inbox is not None and not ignored:
+                    slots.append(self._inbox.expect(task_id))
+        found = from_handle(handle, self._results, expected)
         if parent is not None:
             parent.children.append(found.as_tuple())
         return prepared, found
 
+    def publish_many(self, envelopes: Sequence[Envelope]) -> list[PublishError | None]:
+        """Publish messages as they are, with one wait for all confirms. Returns None or the error for each."""
+        return self._publisher.publish_many(envelopes, sign=False)
+
+    def publish(self, envelopes: Sequence[Envelope]) -> None:
+        """Publish messages that are no calls, and return after their confirms. Eager mode has nobody to read them.
+
+        Raises the first `PublishError`.
+        """
+        if self._eager is None:
+            _raise_first(self._publisher.publish_many(envelopes))
+
+    async def apublish(self, envelopes: Sequence[Envelope]) -> None:
+        """`publish` for asyncio."""
+        if self._eager is None:
+            await asyncio.gather(*(self._async_publisher.publish(one) for one in envelopes))
+
     # -- publishing -----------------------------------------------------------------------------------------------
 
-    def _mine(self, prepared: Prepared) -> Prepared:
-        """Have the result come to this process, where results are replies."""
-        if self._inbox is not None and not prepared.ignored and prepared.envelope.reply_to is None:
-            prepared.envelope.reply_to = self._publisher.reply_queue
-            self._inbox.expect(prepared.envelope.correlation_id or "")
-        return prepared
-
     def _handle(self, callee: Callee, prepared: Prepared) -> AsyncResult[Any]:
-        handle: AsyncResult[Any] = AsyncResult(
-            prepared.envelope.correlation_id or "", self._results, convert=callee.convert, ignored=prepared.ignored
-        )
+        """The handle; where results are replies, have this one come to this process."""
+        if self._sent_events is not None:
+            self._sent_events.prepare()
+        envelope = prepared.envelope
+        task_id = envelope.correlation_id or ""
+        expected = None  # held until the handle holds it
+        if self._inbox is not None and not prepared.ignored and envelope.reply_to is None:
+            envelope.reply_to = self._publisher.reply_queue
+            expected = self._inbox.expect(task_id)
+        handle: AsyncResult[Any] = AsyncResult(task_id, self._results, convert=callee.convert, ignored=prepared.ignored)
+        del expected
         parent = current_request()
         if parent is not None:
             parent.children.append(handle.as_tuple())
@@ -159,12 +189,17 @@ class Client:
             self._eager([one.envelope for one in prepared])
             return
         outcomes = self._publisher.publish_many([one.envelope for one in prepared])
-        failed = [(index, error) for index, error in enumerate(outcomes) if error is not None]
-        if failed:
-            first = failed[0][1]
-            first.add_note(f"{len(failed)} of {len(prepared)} messages were not confirmed")
-            first.failed = failed
-            raise first
+        if after_task_publish.receivers or self._sent_events is not None:
+            for one, outcome in zip(prepared, outcomes, strict=True):
+                if outcome is None:
+                    self._sent(one)
+        _raise_first(outcomes)
+
+    def _sent(self, prepared: Prepared) -> None:
+        if self._sent_events is not None:
+            self._sent_events.add(prepared.envelope, prepared.called)
+        if after_task_publish.receivers and self._eager is None:
+            announce_published(prepared.envelope, prepared.body)
 
     def close(self) -> None:
         """Close the publisher's connection."""
@@ -173,3 +208,12 @@ class Client:
     async def aclose(self) -> None:
         """Close this event loop's connection."""
         await self._async_publisher.close()
+
+
+def _raise_first(outcomes: Sequence[PublishError | None]) -> None:
+    failed = [(index, error) for index, error in enumerate(outcomes) if error is not None]
+    if failed:
+        first = failed[0][1]
+        first.add_note(f"{len(failed)} of {len(outcomes)} messages were not confirmed")
+        first.failed = failed
+        raise first

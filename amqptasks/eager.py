@@ -123,7 +123,7 @@ class Eager:
 
     def _receive(self, envelope: Envelope) -> None:
         meta = decode_result(envelope.body)
-        self._inbox.receive(meta)
+        self._inbox.receive(meta, len(envelope.body))
         if self._store is not None and self._settings.testing.store_eager_result:
             self._store.put(meta.task_id, envelope.body, ready=meta.ready)
 

@@ -5,18 +5,22 @@
     AmqpTasksError
     ├── ConfigError                    settings, routes, options: file, line and key are named
     │   └── TopologyConflict           a live queue or exchange differs from the declared one
+    ├── AlreadyRunning                 another process holds the pid file
     ├── BrokerError                    the broker cannot be used
     │   ├── BrokerUnreachable          refused, timed out, connection lost
     │   └── AccessRefused              password, virtual host or permission
     ├── PublishError                   a message may not have been taken
     │   ├── Unroutable                 returned: no queue is bound for its key
     │   ├── Nacked                     the broker refused it (queue full, no quorum)
+    │   ├── MessageTooLarge            larger than the broker takes
+    │   ├── Unwritable                 AMQP cannot carry it: headers beyond a frame, a name beyond 255 bytes
     │   ├── BrokerBlocked              memory or disk alarm on the broker
     │   └── PublishTimeout             no confirm in time
     ├── SerializationError             an argument or body cannot be encoded
     ├── DecodeError                    a body cannot be decoded
     ├── InvalidArguments               arguments do not fit the task
     ├── UnknownTask                    no task of that name is registered
+    ├── SignatureError                 a message's signature is missing or wrong
     ├── MaxRetriesExceeded             `Task.retry` was called once too often
     ├── TaskRevoked                    the task was revoked before it ran
     ├── TimeLimitExceeded              the hard time limit ended the task
@@ -40,6 +44,7 @@ from typing import Any
 
 __all__ = [
     "AccessRefused",
+    "AlreadyRunning",
     "AmqpTasksError",
     "BrokerBlocked",
     "BrokerError",
@@ -50,6 +55,7 @@ __all__ = [
     "Ignore",
     "InvalidArguments",
     "MaxRetriesExceeded",
+    "MessageTooLarge",
     "Nacked",
     "PublishError",
     "PublishTimeout",
@@ -60,6 +66,7 @@ __all__ = [
     "ResultUnavailable",
     "Retry",
     "SerializationError",
+    "SignatureError",
     "SoftTimeLimitExceeded",
     "StoreUnavailable",
     "TaskRevoked",
@@ -67,6 +74,7 @@ __all__ = [
     "TopologyConflict",
     "UnknownTask",
     "Unroutable",
+    "Unwritable",
     "WorkerLost",
 ]
 
@@ -91,6 +99,10 @@ class TopologyConflict(ConfigError):
         self.argument = argument
         self.declared = declared
         self.live = live
+
+
+class AlreadyRunning(AmqpTasksError):
+    """A process that lives holds the pid file."""
 
 
 class BrokerError(AmqpTasksError):
@@ -126,6 +138,14 @@ class Nacked(PublishError):
     """The broker refused the message (basic.nack): the queue is full, or has no quorum."""
 
 
+class MessageTooLarge(PublishError):
+    """The message is larger than the broker takes (``max_message_size``: 16 MiB by default from RabbitMQ 4.0 on)."""
+
+
+class Unwritable(PublishError):
+    """AMQP cannot carry the message: its headers do not fit one frame, or one of them, or its address, is too long."""
+
+
 class BrokerBlocked(PublishError):
     """The broker stopped taking messages (connection.blocked: a memory or disk alarm) for `blocked_timeout`."""
 
@@ -148,6 +168,10 @@ class InvalidArguments(AmqpTasksError):
 
 class UnknownTask(AmqpTasksError):
     """No task of that name is registered."""
+
+
+class SignatureError(AmqpTasksError):
+    """A message is not signed, or not with a key of ours, or is not what was signed. It never runs."""
 
 
 class MaxRetriesExceeded(AmqpTasksError):

@@ -9,8 +9,11 @@ event, reported once on the `amqptasks.events` logger, and harms nothing.
 | `TaskSucceeded` | it returned | executor |
 | `TaskRetrying` | it will run again | executor |
 | `TaskFailed` | it will be dead-lettered | executor, or leader for what never ran |
+| `TaskRevoked` | it will be dead-lettered: revoked, or expired | leader |
 | `ExecutorStarted` | after the fork, before the first task | executor |
 | `ExecutorStopping` | before it exits | executor |
+| `BeatTick` | a periodic call was sent, and the broker has it | the beat that leads |
+| `BeatPulse` | every second | every beat |
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 
 from amqptasks.outcome import Reason
 
 __all__ = [
+    "BeatPulse",
+    "BeatTick",
     "Bus",
     "ExecutorStarted",
     "ExecutorStopping",
@@ -30,6 +36,7 @@ __all__ = [
     "TaskFailed",
     "TaskReceived",
     "TaskRetrying",
+    "TaskRevoked",
     "TaskSucceeded",
 ]
 
@@ -80,6 +87,19 @@ class TaskFailed(TaskEvent):
 
 
 @dataclass(slots=True)
+class TaskRevoked(TaskEvent):
+    """A task goes to its dead-letter queue because nobody wants it any more.
+
+    `terminated`: it ran, and `signum` ended it. `expired`: its time was over; else somebody revoked it.
+    """
+
+    terminated: bool
+    signum: int | None
+    expired: bool
+    message: str
+
+
+@dataclass(slots=True)
 class ExecutorStarted:
     """An executor process began. It is the place to open what must not cross a fork."""
 
@@ -91,6 +111,31 @@ class ExecutorStopping:
     """An executor process is about to exit."""
 
     queue: str
+
+
+@dataclass(slots=True)
+class BeatTick:
+    """A periodic call was sent. `due` is when it was to be, `sent` when it was; both are aware of their zone."""
+
+    schedule: str
+    task: str
+    task_id: str
+    due: datetime
+    sent: datetime
+
+
+@dataclass(slots=True)
+class BeatPulse:
+    """A beat lives. It leads, or stands by while it is connected; `last_tick` is that of this process.
+
+    `next_due` is when it is to send the next tick; None while it stands by, or has none to send.
+    """
+
+    connected: bool
+    leads: bool
+    entries: int
+    last_tick: datetime | None
+    next_due: datetime | None = None
 
 
 E = TypeVar("E")

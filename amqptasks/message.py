@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Envelope"]
+__all__ = ["Envelope", "Provenance"]
+
+
+class Provenance(NamedTuple):
+    """Properties that amqptasks never sets, and keeps where somebody else has: AMQP 0-9-1's names."""
+
+    timestamp: int | None = None
+    type: str | bytes | None = None
+    app_id: str | bytes | None = None
 
 
 @dataclass(slots=True)
@@ -30,6 +38,7 @@ class Envelope:
     delivery_mode: int = 2
     #: With ``mandatory`` the broker returns what no queue would get (AMQP 0-9-1, basic.publish).
     mandatory: bool = True
+    provenance: Provenance | None = None
 
     @property
     def is_reply(self) -> bool:

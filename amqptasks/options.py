@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import Any, TypedDict
+from math import inf
+from typing import Any, Literal, TypedDict
 
 from amqptasks.config.quantities import parse_rate
 from amqptasks.errors import ConfigError
 from amqptasks.protocol.compression import mime_type
 from amqptasks.protocol.serializers import serializer
 
-__all__ = ["TaskOptions", "TaskOptionsArguments", "task_options"]
+__all__ = ["TaskOptions", "TaskOptionsArguments", "class_options", "task_options"]
 
 
 class TaskOptionsArguments(TypedDict, total=False):
@@ -32,12 +33,14 @@ class TaskOptionsArguments(TypedDict, total=False):
     retry_jitter: bool
     time_limit: float | None
     soft_time_limit: float | None
-    rate_limit: str | None
+    rate_limit: str | float | None
+    rate_limit_scope: Literal["cluster", "worker"]
     ignore_result: bool
     expires: float | timedelta | None
     serializer: str | None
     compression: str | None
     track_started: bool
+    deduplicate: bool
     acks_late: bool
 
 
@@ -59,12 +62,17 @@ class TaskOptions:
     retry_jitter: bool = True
     time_limit: float | None = None
     soft_time_limit: float | None = None
-    rate_limit: str | None = None
+    #: ``10/m``, or starts a second; 0 lifts a limit, None never had one.
+    rate_limit: str | float | None = None
+    #: Whether all workers share the limit, or each has its own.
+    rate_limit_scope: Literal["cluster", "worker"] = "cluster"
     ignore_result: bool = False
     expires: float | timedelta | None = None
     serializer: str | None = None
     compression: str | None = None
     track_started: bool = False
+    #: Whether a message that is delivered again does not run when the result store says that its task succeeded.
+    deduplicate: bool = True
     acks_late: bool = True
 
     def merged(self, settings: Mapping[str, Any]) -> TaskOptions:
@@ -97,6 +105,11 @@ def task_options(task: str, given: Mapping[str, Any]) -> TaskOptions:
     return options
 
 
+def class_options(base: type) -> dict[str, Any]:
+    """The options that a class of tasks sets as attributes."""
+    return {name: getattr(base, name) for name in _NAMES if hasattr(base, name)}
+
+
 def _check(options: TaskOptions) -> None:
     for name in ("autoretry_for", "dont_autoretry_for", "throws"):
         kinds = getattr(options, name)
@@ -106,7 +119,7 @@ def _check(options: TaskOptions) -> None:
             raise TypeError(f"{name} must be a tuple of exception classes, not {kinds!r}")
     for name in ("default_retry_delay", "retry_backoff_max", "time_limit", "soft_time_limit", "max_retries"):
         value = getattr(options, name)
-        if value is not None and (not isinstance(value, int | float) or value < 0):
+        if value is not None and (not isinstance(value, int | float) or not 0 <= value < inf):
             raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
     if options.priority is not None and not 0 <= options.priority <= 255:
         raise ValueError(f"priority must be from 0 to 255, not {options.priority!r}")
@@ -116,6 +129,8 @@ def _check(options: TaskOptions) -> None:
         raise ValueError("acks_late=False is not offered: a task is acknowledged when its outcome is durable")
     if options.rate_limit is not None:
         parse_rate(options.rate_limit)
+    if options.rate_limit_scope not in ("cluster", "worker"):
+        raise ValueError(f"rate_limit_scope must be cluster or worker, not {options.rate_limit_scope!r}")
     if options.serializer is not None:
         serializer(options.serializer)
     if options.compression is not None:

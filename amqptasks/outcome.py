@@ -6,6 +6,7 @@ into effects (publish, confirm) and then settles the delivery.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +19,7 @@ __all__ = [
     "Lost",
     "Outcome",
     "Postponed",
+    "RateLimited",
     "Reason",
     "Retrying",
     "Succeeded",
@@ -44,11 +46,14 @@ class Succeeded:
     """The task returned. `messages` are its result and what follows it: durable before it is acknowledged."""
 
     messages: tuple[Envelope, ...] = ()
+    #: What it returned as monitors show it, while events are on.
+    shown: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Retrying:
-    """The task asked to run again `delay` seconds from now. `body` replaces the message's when arguments changed."""
+    """The task asked to run again `delay` seconds from now. `body` replaces the message's when arguments changed, and
+    `headers` replace those of its signature then."""
 
     delay: float
     exception: str = ""
@@ -56,6 +61,9 @@ class Retrying:
     body: bytes | None = None
     queue: str | None = None
     priority: int | None = None
+    headers: Mapping[str, str] | None = None
+    #: For monitors, while events are on.
+    traceback: str = ""
     messages: tuple[Envelope, ...] = ()
 
 
@@ -68,6 +76,8 @@ class Failed:
     message: str = ""
     traceback: str = ""
     messages: tuple[Envelope, ...] = ()
+    #: The signal that ended a task that was revoked while it ran.
+    signum: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,13 @@ class Postponed:
 
 
 @dataclass(frozen=True, slots=True)
+class RateLimited:
+    """The task has a rate limit, and this message has not had its turn: it waits for it in `queue`."""
+
+    queue: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The process that ran the task died: run again, and counted in the message."""
 
@@ -96,4 +113,4 @@ class GivenBack:
     """Not run, or not to its end (shutdown, `Reject(requeue=True)`): requeued by the broker."""
 
 
-Outcome = Succeeded | Retrying | Failed | Discarded | Postponed | Lost | GivenBack
+Outcome = Succeeded | Retrying | Failed | Discarded | Postponed | RateLimited | Lost | GivenBack

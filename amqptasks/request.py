@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["Request", "current_request"]
 
@@ -42,6 +42,19 @@ class Request:
     #: Tells the caller of a state that is not final (`Task.update_state`).
     on_state: Callable[[str, Any], None] | None = None
     called_directly: bool = True
+    #: Sends an event of a running task to monitors: request, type, fields. Set once in each executor.
+    on_event: ClassVar[Callable[[Request, str, Mapping[str, Any]], None] | None] = None
+
+    @property
+    def stamped_headers(self) -> list[str]:
+        """The names of the message's stamps."""
+        return list(self.headers.get("stamped_headers") or ())
+
+    @property
+    def stamps(self) -> dict[str, Any]:
+        """The message's stamps by name (`Signature.stamp`)."""
+        found = self.headers.get("stamps") or {}
+        return {name: found.get(name) for name in self.stamped_headers}
 
 
 _current: ContextVar[Request | None] = ContextVar("amqptasks_request", default=None)

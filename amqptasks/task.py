@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 from amqptasks.canvas import Sender, Signature, chunks, starmap, xmap
 from amqptasks.client import Client
@@ -13,12 +13,14 @@ from amqptasks.errors import MaxRetriesExceeded, Replaced, Retry
 from amqptasks.options import TaskOptions
 from amqptasks.request import Request, current_request
 from amqptasks.results import AsyncResult
+from amqptasks.signals import ExceptionInfo
 from amqptasks.validation import ArgumentValidator, return_converter
 
 __all__ = ["Task", "TaskHost"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 
 
 class TaskHost(Sender, Protocol):
@@ -36,9 +38,15 @@ class Task(Generic[P, R]):
     """A decorated function. Calling it runs it here; `delay` and `apply_async` publish it.
 
     `self` in a bound task (``bind=True``) is this object; `request` tells of the message that runs.
+
+    A subclass (``@app.task(base=…)``, `app.register_task`) may set options as class attributes, and have hooks run
+    around its tasks. There is one object of it per task and process; its `__init__` takes no arguments.
     """
 
-    def __init__(
+    #: Which hooks its class defines.
+    hooks: frozenset[str] = frozenset()
+
+    def made_of(
         self,
         function: Callable[..., R],
         *,
@@ -46,8 +54,10 @@ class Task(Generic[P, R]):
         options: TaskOptions,
         bind: bool,
         host: Callable[[], TaskHost],
-    ) -> None:
+    ) -> Self:
+        """Become the task of this function."""
         self.name = name
+        self.hooks = frozenset(hook for hook in _HOOKS if getattr(type(self), hook) is not getattr(Task, hook))
         self.bind = bind
         self.function = function
         self.validate = ArgumentValidator(name, function, skip=1 if bind else 0)
@@ -59,6 +69,7 @@ class Task(Generic[P, R]):
         self.__module__ = function.__module__
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
+        return self
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function in this process, without the broker."""
@@ -116,6 +127,7 @@ class Task(Generic[P, R]):
             expires: seconds, or a datetime, after which it is dead-lettered instead of run.
             queue, exchange, routing_key, priority: where it goes, before any route.
             task_id, headers, serializer, compression, shadow, ignore_result.
+            stamped_headers: names of further options that are stamps, as with Celery (`Signature.stamp`).
             time_limit, soft_time_limit: seconds.
             retry, retry_policy: whether and how often a publish that failed is tried again
                 (``max_retries, interval_start, interval_step, interval_max``).
@@ -157,6 +169,45 @@ class Task(Generic[P, R]):
 
     signature = subtask
 
+    # -- hooks, for subclasses; Celery's, and called in its order -------------------------------------------------
+
+    def before_start(self, task_id: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Right before the function, in its thread and under its time limits. What it raises, the task has raised."""
+
+    def on_success(self, retval: Any, task_id: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """The task returned `retval`."""
+
+    def on_failure(
+        self,
+        exc: BaseException,
+        task_id: str | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        einfo: ExceptionInfo,
+    ) -> None:
+        """The task failed for good. Also when its process was killed: another one calls this then."""
+
+    def on_retry(
+        self,
+        exc: BaseException,
+        task_id: str | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        einfo: ExceptionInfo,
+    ) -> None:
+        """The task will run again, because of `exc`."""
+
+    def after_return(
+        self,
+        status: str,
+        retval: Any,
+        task_id: str | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        einfo: ExceptionInfo | None,
+    ) -> None:
+        """The task succeeded or failed: after `on_success` or `on_failure`."""
+
     def update_state(self, *, state: str, meta: Any = None) -> None:
         """Tell who waits for the result how far this task is. Best effort; outside of a worker nothing happens.
 
@@ -170,6 +221,24 @@ class Task(Generic[P, R]):
         request = self.request
         if request.on_state is not None:
             request.on_state(state, meta)
+
+    def send_event(
+        self, type_: str, /, retry: bool = True, retry_policy: Mapping[str, Any] | None = None, **fields: Any
+    ) -> None:
+        """Tell monitors something of this task, whether the worker's own events are on or off. Outside of a worker
+        nothing happens.
+
+        Args:
+            type_: such as ``task-progress``; the event's routing key is this with dots for dashes.
+            retry, retry_policy: Celery's; events are sent once, and dropped where the broker does not take them.
+            fields: what the event tells, besides ``uuid``, the task's id. What JSON does not know is shown as text.
+
+        Raises:
+            ValueError: the type is no name, or the event is larger than 64 KiB.
+        """
+        request = self.request
+        if not request.called_directly and Request.on_event is not None:
+            Request.on_event(request, type_, fields)
 
     def replace(self, sig: Signature) -> NoReturn:
         """End this task, and have `sig` run in its place: with its id, callbacks, and whatever follows it."""

@@ -6,7 +6,7 @@ to value, and beside them bare pika's, whose worker does nothing else. Chords wi
 AMQP), and with amqptasks over AMQP alone. One client process per system, the same for all rounds; with --soak it asks
 for so many results, and its memory is shown.
 
-    python -m benchmarks.results [--calls 500] [--parts 1000] [--rounds 3] [--soak 100000]
+    python -m benchmarks.results [--calls 500] [--parts 1000] [--rounds 3] [--soak 100000] [--docs]
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ import psutil
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.servers import RedisServer
 from benchmarks import bare_trips
+from benchmarks.race.node import machine
+from benchmarks.race.report import replace_block, table
+
+#: (system, backend) -> seconds.
+Times = dict[tuple[str, str], list[float]]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,58 +121,85 @@ def percentiles(times: list[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2] * 1000, ordered[int(len(ordered) * 0.99)] * 1000
 
 
+class Measured:
+    """What came of a run, in seconds."""
+
+    def __init__(self) -> None:
+        self.trips: Times = {}
+        self.chords: Times = {}
+        self.bare: list[float] = []
+        #: Megabytes of our client's RSS: after two bursts of 500, and after the last.
+        self.sizes: tuple[float, float] | None = None
+
+    def report(self, parts: int, soak: int) -> str:
+        """Two tables, and a sentence on memory."""
+        rows = []
+        for key, times in [*self.trips.items(), (("bare pika", ""), self.bare)]:
+            p50, p99 = percentiles(times)
+            theirs, _ = percentiles(self.trips["celery", key[1] or "rpc"])
+            rows.append([" ".join(key).strip(), f"{p50:.2f} ms", f"{p99:.2f} ms", f"{p50 / theirs:.2f}"])
+        text = table(["round trip", "p50", "p99", "p50, of Celery's with the same backend"], rows)
+        theirs = statistics.median(self.chords["celery", "redis"])
+        rows = []
+        for key, times in self.chords.items():
+            seconds = statistics.median(times)
+            rows.append([" ".join(key), f"{seconds:.2f} s", f"{seconds / theirs:.2f}"])
+        text += "\n\n" + table([f"chord of {parts:,}", "time", "of Celery's with Redis"], rows)
+        if self.sizes is not None:
+            first, last = self.sizes
+            text += f"\n\n{soak:,} results over AMQP in one client: RSS {first:.1f} MB after 1,000, {last:.1f} MB then."
+        return text
+
+
+def measure(node: PrivateNode, redis: RedisServer, options: argparse.Namespace) -> Measured:
+    """All systems in turn, round by round."""
+    backends = {"rpc": "rpc://", "redis": redis.url}
+    systems = {
+        (name, kind): System(name, virtual_host(node, kind), url, options)
+        for kind, url in backends.items()
+        for name in ("amqptasks", "celery")
+    }
+    found = Measured()
+    bare_host = virtual_host(node, "rpc")
+    bare = subprocess.Popen([sys.executable, "-m", "benchmarks.bare_trips", bare_host], cwd=ROOT)
+    try:
+        for _ in range(options.rounds):
+            found.bare += bare_trips.trips(bare_host, options.calls)
+            for key, system in systems.items():
+                found.trips.setdefault(key, []).extend(system.ask("trips"))
+            for key, system in systems.items():
+                if key != ("celery", "rpc"):  # Celery has no chords over AMQP
+                    found.chords.setdefault(key, []).append(system.ask("chord"))
+        if options.soak:
+            sizes = [systems["amqptasks", "rpc"].ask("soak") for _ in range(max(2, options.soak // 500))]
+            found.sizes = sizes[1], sizes[-1]
+    finally:
+        bare.terminate()
+        bare.wait(10)
+        for system in systems.values():
+            system.end()
+    return found
+
+
 def main() -> None:
+    """Parse flags, start the servers, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--parts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=0, help="so many results, and then the client's memory")
+    parser.add_argument("--docs", action="store_true", help="write the tables into docs/results.md")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client:
         client(options.client, options.calls, options.parts)
         return
     with PrivateNode("bench", tune=False) as node, RedisServer() as redis:
-        backends = {"rpc": "rpc://", "redis": redis.url}
-        systems = {
-            (name, kind): System(name, virtual_host(node, kind), url, options)
-            for kind, url in backends.items()
-            for name in ("amqptasks", "celery")
-        }
-        trips: dict[Any, list[float]] = {key: [] for key in systems}
-        chords: dict[Any, list[float]] = {key: [] for key in systems if key != ("celery", "rpc")}
-        bare = subprocess.Popen([sys.executable, "-m", "benchmarks.bare_trips", virtual_host(node, "rpc")], cwd=ROOT)
-        bare_times: list[float] = []
-        for _ in range(options.rounds):
-            bare_times += bare_trips.trips(virtual_host(node, "rpc"), options.calls)
-            for key, system in systems.items():
-                trips[key] += system.ask("trips")
-            for key, seconds in chords.items():
-                seconds.append(systems[key].ask("chord"))
-        print(f"{'round trip':<24}{'p50 ms':>10}{'p99 ms':>10}")
-        for key, times in trips.items():
-            p50, p99 = percentiles(times)
-            print(f"{' '.join(key):<24}{p50:>10.2f}{p99:>10.2f}")
-        for kind in backends:
-            ratio = percentiles(trips["amqptasks", kind])[0] / percentiles(trips["celery", kind])[0]
-            print(f"p50 with {kind}: {ratio:.2f} of Celery's")
-        bare.terminate()
-        bare.wait(10)
-        p50, p99 = percentiles(bare_times)
-        print(f"{'bare pika':<24}{p50:>10.2f}{p99:>10.2f}")
-        print(f"p50 of bare pika: {p50 / percentiles(trips['celery', 'rpc'])[0]:.2f} of Celery's with rpc")
-        print(f"\n{f'chord of {options.parts}':<24}{'s':>10}")
-        for key, times in chords.items():
-            print(f"{' '.join(key):<24}{statistics.median(times):>10.2f}")
-        theirs = statistics.median(chords["celery", "redis"])
-        for kind in backends:
-            print(f"with {kind}: {statistics.median(chords['amqptasks', kind]) / theirs:.2f} of Celery's with redis")
-        if options.soak:
-            ours = systems["amqptasks", "rpc"]
-            sizes = [ours.ask("soak") for _ in range(max(2, options.soak // 500))]
-            print(f"\n{options.soak} results over AMQP: client's RSS {sizes[1]:.1f} MB, then {sizes[-1]:.1f} MB")
-        for system in systems.values():
-            system.end()
+        here = machine(node.url, None)
+        text = f"{here}.\n\n{measure(node, redis, options).report(options.parts, options.soak)}"
+    print(text)
+    if options.docs:
+        replace_block(ROOT / "docs" / "results.md", "results", text)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,11 @@ class VirtualHost:
             found = self.management.messages(f"{queue}.dlq")
             return found if len(found) >= count else []
 
-        found = wait_until(look, timeout, f"{count} dead letters in {queue}.dlq", pause=0.1)
+        def what() -> str:
+            counts = {name: self.management.counts(name) for name in (queue, f"{queue}.dlq")}
+            return f"{count} dead letters in {queue}.dlq; ready and unacknowledged: {counts}"
+
+        found = wait_until(look, timeout, what, pause=0.1)
         assert len(found) == count, [letter["properties"]["headers"].get("x-task-reason") for letter in found]
         return found
 
@@ -216,16 +220,16 @@ class Bench:
         return app.send_task(f"integration.apps.jobs.{task}", args, **options).id
 
     def worker(
-        self, queues: str = "default", *options: str, url: str | None = None, ready: bool = True
+        self, queues: str = "default", *options: str, url: str | None = None, ready: bool = True, path: Path = ROOT
     ) -> WorkerProcess:
-        """Start a worker, and wait until it is ready."""
+        """Start a worker, and wait until it is ready. `path`: where its app is."""
         worker = WorkerProcess(
             self.APP,
             queues,
             *options,
             config=self.config,
             log=self.folder / f"worker-{len(self._workers)}.log",
-            environment={PATH_VARIABLE: str(self.ledger.path), "PYTHONPATH": str(ROOT)},
+            environment={PATH_VARIABLE: str(self.ledger.path), "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
             global_options=["-b", url] if url is not None else [],
         )
         self._workers.append(worker)

@@ -19,7 +19,16 @@ import celery.result
 import kombu
 import pytest
 
-from amqptasks import AsyncResult, ChordError, ResultTimeout, SerializationError, StoreUnavailable, chord, group
+from amqptasks import (
+    AsyncResult,
+    ChordError,
+    GroupResult,
+    ResultTimeout,
+    SerializationError,
+    StoreUnavailable,
+    chord,
+    group,
+)
 from amqptasks.protocol.results import ResultMeta, encode_result
 from amqptasks.testing.ledger import PATH_VARIABLE
 from amqptasks.testing.waiting import wait_until
@@ -27,6 +36,7 @@ from integration.apps import canvas
 from integration.apps.canvas import (
     Declined,
     add,
+    body,
     charge,
     counted,
     fails,
@@ -125,10 +135,42 @@ def test_another_process_gets_the_result_or_is_told(backend: str, desk: CanvasBe
     assert done.stdout.strip() == ("unavailable" if backend == "rpc" else "3")
 
 
-@pytest.mark.parametrize("kind", ["redis", "postgresql", "sqlite"])
-def test_a_task_that_has_succeeded_is_not_run_again_but_what_follows_it_is_sent(desk: CanvasBench, kind: str) -> None:
-    """Its process died after the result was stored, and before the broker heard of it."""
+@pytest.mark.parametrize("kind", [kind for kind in BACKENDS if kind != "rpc"])
+def test_a_saved_group_is_restored_by_another_process(desk: CanvasBench, kind: str) -> None:
     desk.settings["result"] = {"backend": backend_url(kind, desk.folder)}
+    desk.caller()
+    handle = group(add.s(number, 1) for number in range(3)).delay()
+    handle.save()
+    (desk.folder / "other.py").write_text(
+        textwrap.dedent(f"""
+        import sys
+        from amqptasks import AmqpTasks, GroupResult
+        app = AmqpTasks("other", config={str(desk.config)!r})
+        group = GroupResult.restore(sys.argv[1])
+        print(group.completed_count(), flush=True)
+        print(sorted(value for _, value in group.iter(20)), group.get(10), group.completed_count())
+        """)
+    )
+    command = [sys.executable, str(desk.folder / "other.py"), handle.id]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline().strip() == "0"
+        desk.worker("default", "-c", "1")
+        found, _ = other.communicate(timeout=40)
+    assert found.strip() == "[1, 2, 3] [1, 2, 3] 3"
+    handle.delete()
+    assert GroupResult.restore(handle.id, canvas.app.results) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "deduplicate"), [*((kind, True) for kind in BACKENDS if kind != "rpc"), ("sqlite", False)]
+)
+def test_a_task_that_has_succeeded_is_not_run_again_but_what_follows_it_is_sent(
+    desk: CanvasBench, kind: str, deduplicate: bool
+) -> None:
+    """Its process died after the result was stored, and before the broker heard of it. `deduplicate: false` runs it."""
+    desk.settings["result"] = {"backend": backend_url(kind, desk.folder)}
+    desk.settings["tasks"] = {"*.counted": {"deduplicate": deduplicate}}
     app = desk.caller()
     # A fixed prefetch: with `auto` what waits behind a long task is given back.
     first = desk.worker("default", "-c", "1", "--prefetch", "4")
@@ -142,11 +184,12 @@ def test_a_task_that_has_succeeded_is_not_run_again_but_what_follows_it_is_sent(
     store.put(parent.id, encode_result(ResultMeta(parent.id, "SUCCESS", 5)), ready=True)
     first.kill()
     desk.worker("default", "-c", "1")
-    assert handle.get(20) == 15
+    assert handle.get(20) == (15 if deduplicate else 11)
     assert blocker.get(20) == 3.0
-    assert not [entry for entry in desk.ledger.entries() if entry.event == "counted"]
+    assert bool(desk.ledger.ids("counted")) is not deduplicate
 
 
+@pytest.mark.fault
 def test_while_the_store_is_away_nothing_is_acknowledged_whose_result_was_promised(desk: CanvasBench) -> None:
     server = server_of("redis")
     desk.settings["result"] = {"backend": server.url}
@@ -168,6 +211,23 @@ def test_while_the_store_is_away_nothing_is_acknowledged_whose_result_was_promis
     desk.vhost.wait_settled("default")
     ran = [entry.task_id for entry in desk.ledger.entries() if entry.event == "counted"]
     assert sorted(ran) == sorted([handle.id, ignored.id]), "once each"
+
+
+@pytest.mark.fault
+def test_a_chord_whose_result_store_restarts_in_its_middle_runs_its_body_once(desk: CanvasBench) -> None:
+    server = server_of("redis")
+    desk.settings["result"] = {"backend": server.url}
+    desk.caller()
+    desk.worker("default", "-c", "4")
+    handle = chord([part.s(number, 0.4) for number in range(40)], body.s()).delay()
+    time.sleep(0.8)  # some parts have run, most have not
+    server.stop()
+    time.sleep(2.0)
+    server.start()
+    assert handle.get(60) == 40
+    desk.vhost.wait_settled("default")
+    (ran,) = [entry for entry in desk.ledger.entries() if entry.event.startswith("body")]
+    assert (ran.task_id, ran.event) == (handle.id, "body " + ",".join(map(str, range(40))))
 
 
 # --- Celery ----------------------------------------------------------------------------------------------------------
@@ -270,6 +330,11 @@ def test_our_client_gets_results_from_celerys_worker(desk: CanvasBench, both: st
                 app.send_task("receiver.add", (2, 2), link=app.signature("receiver.seen", queue="celery")).get(10) == 4
             )
             wait_until(lambda: any(e.event == "seen 4" for e in desk.ledger.entries()), 10, "the callback ran")
+            broken = app.send_task("receiver.fails", link_error=app.signature("receiver.seen", queue="celery"))
+            with pytest.raises(KeyError, match="theirs"):
+                broken.get(10)
+            told = f"seen {broken.id!r}"
+            wait_until(lambda: any(e.event == told for e in desk.ledger.entries()), 10, "the errback ran")
         finally:
             worker.terminate()
             worker.wait(20)

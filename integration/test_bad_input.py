@@ -64,6 +64,7 @@ def test_a_worker_waits_for_a_broker_that_is_down_says_so_and_gives_up(bench: Be
     assert "attempt=1 of=2" in waits[0]
 
 
+@pytest.mark.fault
 def test_a_worker_starts_when_the_broker_comes(bench: Bench) -> None:
     port = free_port()
     worker = bench.worker("default", url=url_with(bench.vhost.url, port=port), ready=False)
@@ -147,7 +148,7 @@ def test_an_undeclared_queue_and_an_unknown_pool_are_named(bench: Bench) -> None
     one_clear_error(done, "queue 'emial' is not declared; did you mean 'email'?")
     done = run_worker(bench, "-Q", "email", "-P", "swimming")
     assert done.returncode == 2
-    one_clear_error(done, "pool 'swimming' is not known; use process, solo or asyncio")
+    one_clear_error(done, "pool 'swimming' is not known; use process, thread, asyncio, gevent or solo")
 
 
 def test_a_missing_app_is_named(bench: Bench) -> None:
@@ -206,6 +207,8 @@ def deaf_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_every_way_to_miss_the_broker_is_told_apart_and_in_time(bench: Bench, deaf_port: int) -> None:
     cases: list[tuple[str, type[Exception], str]] = [
         (f"amqp://guest:{SECRET}@127.0.0.1:{free_port()}/", BrokerUnreachable, "connection refused"),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import signal
-import threading
 import time
-from collections import Counter
 from typing import Any
 
-import psutil
+import pika
 import pytest
 
-from amqptasks import ChordError, ResultTimeout, Signature, chain, chord, group
+from amqptasks import AsyncResult, ChordError, ResultTimeout, Signature, chain, chord, group
 from amqptasks.message import Envelope
 from amqptasks.protocol import jsontypes
 from amqptasks.results import GroupResult
@@ -39,6 +35,7 @@ from integration.apps.canvas import (
     total,
 )
 from integration.conftest import JOINS, CanvasBench
+from integration.store_servers import server_of
 
 
 @pytest.fixture
@@ -47,9 +44,6 @@ def running(desk: CanvasBench) -> CanvasBench:
     desk.caller()
     desk.worker("default", "-c", "2")
     return desk
-
-
-KILLS = 100
 
 
 def parts(count: int) -> list[Signature]:
@@ -94,12 +88,17 @@ COMPOSITIONS: dict[str, tuple[Signature, Any]] = {
 }
 
 
-def test_every_kind_of_composition_gives_its_value(running: CanvasBench) -> None:
+@pytest.mark.parametrize("backend", ["rpc", "redis", "sqlite"])
+def test_every_kind_of_composition_gives_its_value(desk: CanvasBench, backend: str) -> None:
+    stores = {"rpc": lambda: "rpc://", "redis": lambda: server_of("redis").url}
+    desk.settings["result"] = {"backend": stores.get(backend, lambda: f"sqlite:///{desk.folder}/results.db")()}
+    desk.caller()
+    desk.worker("default", "-c", "2")
     sent = {name: (made.delay(), value) for name, (made, value) in COMPOSITIONS.items()}
     assert {name: handle.get(20) for name, (handle, _) in sent.items()} == {
         name: value for name, (_, value) in sent.items()
     }
-    running.wait_joined(19)
+    desk.wait_joined(19)
 
 
 def test_handles_know_their_parents_and_children(running: CanvasBench) -> None:
@@ -207,48 +206,6 @@ def test_a_duplicate_part_counts_once(running: CanvasBench) -> None:
     assert bodies == ["body 0,1,1.5"]
 
 
-@pytest.mark.timeout(240)
-def test_two_hundred_chords_complete_while_workers_are_killed(desk: CanvasBench) -> None:
-    """Executors, leaders and whole workers die at random; each body gets each part exactly once."""
-    seed = int(time.time())
-    dice = random.Random(seed)
-    print(f"seed {seed}")
-    desk.caller()
-    workers = [desk.worker("default", "-c", "2") for _ in range(2)]
-    stop = threading.Event()
-
-    def havoc() -> None:
-        for _ in range(KILLS):
-            if stop.wait(dice.uniform(0.2, 0.6)):
-                return
-            worker = dice.choice(workers)
-            victims = dice.choice([worker.executors, worker.leaders])()
-            if victims:
-                try:
-                    dice.choice(victims).send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue
-
-    killer = threading.Thread(target=havoc)
-    killer.start()
-    try:
-        handles = [chord([part.s(number, 0.05) for number in range(20)], body.s()).delay() for _ in range(200)]
-        for worker in workers[:1]:
-            worker.kill()
-        workers[0] = desk.worker("default", "-c", "2")
-        assert [handle.get(180) for handle in handles] == [20] * 200
-    finally:
-        stop.set()
-        killer.join()
-    bodies = [entry for entry in desk.ledger.entries() if entry.event.startswith("body")]
-    assert {entry.event for entry in bodies} == {"body " + ",".join(map(str, range(20)))}
-    ran = Counter(entry.task_id for entry in bodies)
-    assert set(ran) == {handle.id for handle in handles}
-    desk.vhost.wait_settled("default", 30)
-    desk.wait_joined(200, again=KILLS)
-    print(f"bodies that ran more than once: {sum(count > 1 for count in ran.values())} of 200")
-
-
 def test_a_part_that_comes_again_after_its_chord_was_done_is_dropped_by_the_next_joiner(desk: CanvasBench) -> None:
     """The joiner that knew the chord is gone; what it knew is in the queue."""
     app = desk.caller()
@@ -293,6 +250,99 @@ def test_a_chord_that_never_completes_fails_when_its_time_is_over(desk: CanvasBe
     with pytest.raises(ChordError, match="1 of 2 parts came within 3 s"):
         handle.get(20)
     desk.vhost.wait_settled(JOINS)
+
+
+def join_messages(desk: CanvasBench, messages: int) -> list[dict[str, Any]]:
+    """What is in the queue of parts, while nobody consumes it."""
+    found: list[dict[str, Any]] = []
+    with pika.BlockingConnection(pika.URLParameters(desk.vhost.url)) as connection:
+        channel = connection.channel()
+        for _, _, content in channel.consume(JOINS, inactivity_timeout=10):
+            assert content is not None, f"{len(found)} of {messages} messages"
+            found.append(jsontypes.loads(content))
+            if len(found) == messages:
+                break
+        channel.cancel()
+    return found
+
+
+def test_the_age_of_a_chord_is_that_of_its_oldest_part_whoever_joins_it(desk: CanvasBench) -> None:
+    """A joiner that starts anew, or another one, does not begin to count anew."""
+    desk.settings["result"] = {"expires": 600}
+    desk.settings["queues"]["nobody"] = {}
+    app = desk.caller()
+    worker = desk.worker("default", "-c", "1")
+    before = time.time()
+    handle = chord([part.s(0), part.s(1).set(queue="nobody")], body.s()).delay()
+    wait_until(lambda: desk.vhost.unacked(JOINS) == 1, 20, "the joiner has a part")
+    worker.kill()
+    (table,) = join_messages(desk, 1)
+    assert before - 1 < table["time"] < time.time() + 1
+
+    old = time.time() - 601
+    options = {"task_id": "x", "link_error": [on_error.s().to_dict()]}
+    chord_of_two = {"task": body.name, "options": options, "chord_size": 2, "join": "g"}
+    bundle = {"chord": chord_of_two, "failure": None, "parts": [[0, 1]], "time": old}
+    publisher = app.client._publisher
+    for one in ({**table, "time": old}, {"chords": {"g": bundle}}, {**table, "time": "nonsense"}):
+        publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(one)))
+    desk.worker("default", "-c", "1")
+    with pytest.raises(ChordError, match="1 of 2 parts came within 600 s"):
+        handle.get(30)
+    wait_until(lambda: "x" in {one.task_id for one in desk.ledger.entries()}, 20, "the bundled one has failed too")
+
+
+def test_a_failed_chords_errback_runs_once_whoever_joins_it_next(desk: CanvasBench) -> None:
+    """Its other parts are outstanding, for long."""
+    desk.settings["queues"]["nobody"] = {}
+    desk.caller()
+    first = desk.worker("default", "-c", "1")
+    header = [fails.s(), part.s(1).set(queue="nobody")]
+    handle = chord(header, body.s().on_error(on_error.s())).delay()
+    with pytest.raises(ChordError):
+        handle.get(20)
+    wait_until(lambda: desk.vhost.management.counts(JOINS) == (0, 1), 20, "a marker is left", pause=0.1)
+    first.kill()
+    for number in range(2):
+        joiner = desk.worker("default", "-c", "1")
+        assert chord([part.s(0)], body.s()).delay().get(20) == 1
+        if number == 0:
+            joiner.kill()
+    desk.worker("nobody", "-c", "1")
+    desk.vhost.wait_settled("nobody")
+    assert len([one for one in desk.ledger.entries() if one.event.startswith("on_error ChordError")]) == 1
+    desk.wait_joined(3)
+
+
+def test_a_body_goes_where_its_callers_settings_say_whoever_joins_it(desk: CanvasBench) -> None:
+    """The active joiner may be a worker of another application, with other settings."""
+    desk.settings["queues"]["bodies"] = {}
+    desk.settings["routes"] = [{"match": "*.body", "queue": "bodies", "priority": 3}]
+    desk.caller()
+    (handle, chained) = (chord(parts(3), body.s()).delay(), (add.si(1, 1) | chord(parts(2), body.s())).delay())
+    desk.settings.update(queues={"default": {}}, routes=[])
+    desk.worker("default", "-c", "1")
+    wait_until(lambda: desk.vhost.ready("bodies") == 2, 20, "both bodies are in their queue")
+    desk.settings.update(queues={"bodies": {}})
+    desk.worker("bodies", "-c", "1")
+    assert (handle.get(20), chained.get(20)) == (3, 2)
+
+
+def test_who_waits_for_a_body_that_cannot_be_made_is_told_when_its_time_is_over(desk: CanvasBench) -> None:
+    desk.settings["result"] = {"expires": 3}
+    app = desk.caller()
+    assert add.delay(1, 1) is not None  # the reply queue is there
+    task_id = "never-made"
+    slot = app.client._inbox.expect(task_id)
+    options = {"task_id": task_id, "reply_to": app.client._publisher.reply_queue, "serializer": "of-another-version"}
+    table = {"task": body.name, "options": options, "chord_size": 1}
+    one = {"group": "g", "index": 0, "task_id": "t", "state": "SUCCESS", "result": 1, "chord": table}
+    app.client._publisher.publish(Envelope("amqptasks", JOINS, jsontypes.dumps(one)))
+    desk.worker("default", "-c", "1")
+    with pytest.raises(ChordError, match="of-another-version"):
+        AsyncResult(task_id, app.results).get(30)
+    assert slot is not None
+    desk.vhost.wait_settled(JOINS, 30)
 
 
 def test_a_body_that_is_no_signature_is_told_and_dropped_when_its_time_is_over(desk: CanvasBench) -> None:

@@ -103,3 +103,39 @@ def test_a_celery_worker_runs_what_we_send(bench: Bench) -> None:
     entry = bench.ledger.entries()[0]
     assert entry.task_id == sent
     assert entry.event == f"(1, 'ü') {values!r} 0 [30, 20]"
+
+
+def test_celerys_stamps_reach_the_task_its_retry_and_what_follows_it(bench: Bench, sender: celery.Celery) -> None:
+    bench.worker()
+    stamped = f"{JOBS}.is_stamped"
+    plain = sender.send_task(stamped, customer="acme", stamped_headers=["customer"])
+    second = celery.signature(stamped, app=sender)
+    chain = celery.chain(celery.signature(stamped, app=sender), second)
+    chain.stamp(customer="acme", trail=["a", "b"])
+    first = chain.apply_async()
+    app = bench.client()
+    ours = app.signature(stamped) | app.signature(stamped)
+    ours.stamp(customer="acme").apply_async(stamped_headers=["month"], month=11)
+    by_option = app.send_task(stamped, stamped_headers=["customer"], customer="acme").id
+    wait_until(lambda: len(bench.ledger.entries()) == 12, 20, lambda: f"all run twice: {bench.ledger.entries()}")
+    bench.vhost.wait_settled("default")
+    found: dict[str, list[str]] = {}
+    for entry in bench.ledger.entries():
+        found.setdefault(entry.task_id, []).append(entry.event)
+
+    def runs(shown: str) -> list[str]:
+        return [f"0 {shown}", f"1 {shown}"]
+
+    acme = "[('customer', 'acme')]"
+    assert found.pop(plain.id) == found.pop(by_option) == runs(acme)
+    both = runs("[('customer', 'acme'), ('trail', ['a', 'b'])]")
+    assert [found.pop(one) for one in (first.parent.id, first.id)] == [both, both]
+    assert list(found.values()) == [runs("[('customer', 'acme'), ('month', 11)]")] * 2
+
+
+def test_a_stamp_that_nobody_names_is_an_option_that_does_not_exist(bench: Bench) -> None:
+    app = bench.client()
+    with pytest.raises(TypeError, match="there is no option 'customer', and `stamped_headers` does not name it"):
+        app.send_task("t", customer="acme")
+    with pytest.raises(TypeError, match="`stamped_headers` names 'priority', which is not given, or is an option"):
+        app.send_task("t", priority=3, stamped_headers=["priority"])

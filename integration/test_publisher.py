@@ -48,6 +48,7 @@ def test_a_call_that_returned_stands_in_the_queue_as_a_persistent_message(bench:
     assert (message["exchange"], message["routing_key"]) == ("amqptasks", "default")
 
 
+@pytest.mark.fault
 def test_a_full_queue_refuses_and_the_caller_is_told(bench: Bench) -> None:
     bench.settings["queues"] = {"default": {"max_length": 1}}
     app = bench.client()
@@ -61,6 +62,7 @@ def test_a_full_queue_refuses_and_the_caller_is_told(bench: Bench) -> None:
     assert bench.vhost.ready("default") < 10
 
 
+@pytest.mark.fault
 def test_eight_threads_publish_while_the_connection_is_cut_and_nothing_that_returned_is_lost(
     bench: Bench, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -121,6 +123,8 @@ def test_of_many_calls_none_is_published_when_one_cannot_be_written(bench: Bench
     assert bench.vhost.ready("default") == 0
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_a_stalled_broker_raises_at_the_deadline_and_a_later_call_works(
     bench: Bench, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -148,6 +152,8 @@ def _works(app: AmqpTasks) -> bool:
     return True
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_an_alarm_raises_broker_blocked_and_a_later_call_works(node: PrivateNode) -> None:
     app = AmqpTasks("alarm", config={"broker": {"url": node.url, "blocked_timeout": 1, "publish_timeout": 20}})
     app.send_task("shop.charge")
@@ -169,6 +175,7 @@ def test_an_alarm_raises_broker_blocked_and_a_later_call_works(node: PrivateNode
     app.close()
 
 
+@pytest.mark.fault
 def test_a_message_that_is_too_large_harms_no_other(bench: Bench) -> None:
     bench.settings["broker"]["publish_timeout"] = 30
     app = bench.client()
@@ -274,6 +281,8 @@ def with_port(url: str, port: int) -> str:
     return f"{url.rpartition('@')[0]}@127.0.0.1:{port}/{url.rpartition('/')[2]}"
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 @pytest.mark.parametrize("trouble", ["closed", "blackholed", "password", "vhost"])
 def test_each_trouble_has_its_own_error_in_time_at_the_first_and_second_call(
     trouble: str, publishers: Publishers, vhost: VirtualHost, blackhole: int
@@ -294,6 +303,7 @@ def test_each_trouble_has_its_own_error_in_time_at_the_first_and_second_call(
         assert not caught.value.sent
 
 
+@pytest.mark.timing
 def test_retries_keep_their_pace_however_many_threads_ask(publishers: Publishers, vhost: VirtualHost) -> None:
     publisher = publishers(url=with_port(vhost.url, free_port()))
     policy = {"max_retries": 3, "interval_start": 0.3, "interval_step": 0}
@@ -312,6 +322,7 @@ def test_retries_keep_their_pace_however_many_threads_ask(publishers: Publishers
     assert max(waited) < 2.5
 
 
+@pytest.mark.fault
 def test_a_live_node_is_found_behind_a_dead_and_a_silent_one(
     publishers: Publishers, vhost: VirtualHost, blackhole: int
 ) -> None:
@@ -321,6 +332,7 @@ def test_a_live_node_is_found_behind_a_dead_and_a_silent_one(
     assert vhost.ready("work") == 1
 
 
+@pytest.mark.fault
 def test_a_node_that_falls_silent_is_left_long_before_its_heartbeat_is_due(
     publishers: Publishers, vhost: VirtualHost, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -338,6 +350,7 @@ def test_a_node_that_falls_silent_is_left_long_before_its_heartbeat_is_due(
     publisher.publish(message())
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -408,6 +421,7 @@ def test_a_declaration_that_takes_its_time_holds_up_nobody_else(publishers: Publ
             one.result(5)
 
 
+@pytest.mark.timing
 def test_closing_lets_nobody_wait_for_ever_and_the_next_call_connects_again(
     publishers: Publishers, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -451,6 +465,8 @@ def test_a_child_holds_nothing_of_its_parents_connection(vhost: VirtualHost, pub
             os.killpg(parent.pid, signal.SIGKILL)
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_an_exit_while_the_broker_is_silent_takes_no_longer_than_a_second(
     publishers: Publishers, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -515,6 +531,8 @@ async def test_awaiting_raises_what_calling_raises(bench: Bench) -> None:
     await app.aclose()
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 async def test_awaiting_a_broker_that_is_down_ends_in_time_and_does_not_block_the_loop() -> None:
     app = AmqpTasks(
         "down", config={"broker": {"url": f"amqp://guest:x@127.0.0.1:{free_port()}/", "publish_timeout": 1}}

@@ -140,6 +140,8 @@ async def test_what_the_broker_says_is_raised(publishers: Publishers) -> None:
     await publisher.publish(message())
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 @pytest.mark.parametrize("trouble", ["closed", "blackholed", "password", "vhost"])
 async def test_each_trouble_has_its_own_error_in_time_at_the_first_and_second_call(
     trouble: str, publishers: Publishers, vhost: VirtualHost, blackhole: int
@@ -162,6 +164,7 @@ async def test_each_trouble_has_its_own_error_in_time_at_the_first_and_second_ca
         assert max(pauses, default=0) < 0.3
 
 
+@pytest.mark.fault
 async def test_a_live_node_is_found_behind_a_dead_and_a_silent_one(
     publishers: Publishers, vhost: VirtualHost, blackhole: int
 ) -> None:
@@ -182,6 +185,7 @@ async def test_who_gives_up_early_does_not_end_the_attempt_that_others_wait_for(
     await patient
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -207,6 +211,7 @@ async def test_of_many_messages_the_one_that_the_broker_refuses_fails_alone(
     await publisher.publish(message())
 
 
+@pytest.mark.fault
 async def test_an_exchange_that_vanishes_is_told_and_works_when_it_is_back(
     publishers: Publishers, vhost: VirtualHost
 ) -> None:
@@ -232,6 +237,7 @@ async def test_many_callers_share_one_declaration_of_what_is_missing(bare: Publi
     assert vhost.ready("work") == 50
 
 
+@pytest.mark.fault
 async def test_publishing_goes_on_while_the_connection_is_cut_and_nothing_that_returned_is_lost(
     publishers: Publishers, vhost: VirtualHost, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -258,6 +264,8 @@ async def test_publishing_goes_on_while_the_connection_is_cut_and_nothing_that_r
     assert set(confirmed) <= ids
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 async def test_a_stalled_broker_raises_in_time_while_the_loop_turns_and_a_later_call_works(
     publishers: Publishers, proxy: TcpProxy, through_proxy: str
 ) -> None:
@@ -275,6 +283,8 @@ async def test_a_stalled_broker_raises_in_time_while_the_loop_turns_and_a_later_
     await publisher.publish(message(), timeout=15)
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 async def test_an_alarm_raises_broker_blocked_and_a_later_call_works(node: PrivateNode) -> None:
     publisher = Publishers(node.url)(blocked_timeout=1, publish_timeout=20)
     await asyncio.to_thread(declare, SHOP, BrokerSettings.model_validate({"url": node.url}))

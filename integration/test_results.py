@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from decimal import Decimal
 
 import psutil
 import pytest
+import redis
 
 from amqptasks import AsyncResult, RemoteError, ResultTimeout, ResultUnavailable, TaskRevoked
 from amqptasks.errors import InvalidArguments, SerializationError, TimeLimitExceeded, UnknownTask, WorkerLost
 from amqptasks.message import Envelope
 from amqptasks.testing.proxy import TcpProxy
+from amqptasks.testing.servers import RedisServer
 from amqptasks.testing.waiting import wait_until
 from integration.apps import canvas
 from integration.conftest import ROOT, Bench, CanvasBench
@@ -77,20 +80,37 @@ def test_what_ends_without_running_to_its_end_ends_for_the_caller_too(desk: Canv
     }
 
 
-@pytest.mark.parametrize("kind", ["lock", "recursive", "big", "no repr", "keyword", "argument"])
-def test_what_cannot_travel_fails_with_a_readable_error_and_the_process_lives_on(desk: CanvasBench, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "expected", "name", "words"),
+    [
+        ("lock", SerializationError, "amqptasks.errors.SerializationError", "lock"),
+        ("recursive", ValueError, "ValueError", "a"),
+        ("big", ValueError, "ValueError", "xxx"),
+        ("no repr", RemoteError, "NoRepr", "NoRepr"),
+        ("keyword", RemoteError, "Keyword", "5"),
+        ("argument", ValueError, "ValueError", "lock"),
+    ],
+)
+def test_what_cannot_travel_fails_with_a_readable_error_and_the_process_lives_on(
+    desk: CanvasBench, kind: str, expected: type[Exception], name: str, words: str
+) -> None:
     desk.caller()
     worker = desk.worker("default", "-c", "1")
     before = worker.executors()[0].pid
-    expected: type[Exception] = {"lock": SerializationError, "no repr": RemoteError, "keyword": RemoteError}.get(
-        kind, ValueError
-    )
     result = canvas.strange.delay(kind)
-    with pytest.raises(expected):
+    with pytest.raises(expected) as caught:
         result.get(20)
     assert canvas.add.delay(1, 1).get(10) == 2
     assert worker.executors()[0].pid == before
-    assert result.traceback is None or "strange" in result.traceback
+    assert result.state == "FAILURE"
+    assert name.rpartition(".")[2] in (type(caught.value).__name__, getattr(caught.value, "exc_type", ""))
+    (letter,) = desk.vhost.dead_letters("default", 1)
+    headers = letter["properties"]["headers"]
+    assert headers["x-task-exception"].endswith(name)
+    assert words in headers["x-task-exception-message"]
+    if kind != "lock":  # it was returned, not raised
+        assert "in strange" in (result.traceback or "")
+        assert "in strange" in headers["x-task-traceback"]
 
 
 def test_progress_is_seen_while_the_task_runs(desk: CanvasBench) -> None:
@@ -111,6 +131,7 @@ def test_progress_is_seen_while_the_task_runs(desk: CanvasBench) -> None:
     assert started.get(5) == 0.5
 
 
+@pytest.mark.timing
 def test_a_call_without_a_result_is_told_at_once(desk: CanvasBench) -> None:
     app = desk.caller()
     desk.worker()
@@ -124,6 +145,7 @@ def test_a_call_without_a_result_is_told_at_once(desk: CanvasBench) -> None:
     assert time.monotonic() - started < 1.2
 
 
+@pytest.mark.timing
 async def test_asyncio_callers_wait_without_blocking_the_loop(desk: CanvasBench) -> None:
     desk.caller()
     await asyncio.to_thread(desk.worker, "default", "-c", "2")
@@ -147,6 +169,7 @@ async def test_asyncio_callers_wait_without_blocking_the_loop(desk: CanvasBench)
     await canvas.app.aclose()
 
 
+@pytest.mark.fault
 def test_results_come_after_the_connection_was_cut(desk: CanvasBench, proxy: TcpProxy, through_proxy: str) -> None:
     desk.caller(through_proxy)
     desk.worker("default", "-c", "2")
@@ -157,6 +180,7 @@ def test_results_come_after_the_connection_was_cut(desk: CanvasBench, proxy: Tcp
     assert len(reply_queues(desk)) == 1
 
 
+@pytest.mark.fault
 def test_a_reply_queue_that_somebody_deletes_is_told_to_those_who_wait(desk: CanvasBench) -> None:
     desk.caller()
     desk.worker("default", "-c", "2")
@@ -234,9 +258,23 @@ def test_client_processes_leave_no_queue_behind(desk: CanvasBench) -> None:
         assert queue["durable"]
 
 
+def test_the_reply_queue_of_a_client_that_was_killed_is_gone_when_its_time_is_over(desk: CanvasBench) -> None:
+    sooner = "from amqptasks.broker import replies\nreplies.EXPIRES_SECONDS = 2\n"
+    (desk.folder / "client.py").write_text(sooner + textwrap.dedent(CLIENT))
+    command = [sys.executable, str(desk.folder / "client.py"), str(desk.config), "10", "hang"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "sent\n"
+        time.sleep(2.5)
+        assert len(reply_queues(desk)) == 1, "while it is used it stays"
+        client.kill()
+    wait_until(lambda: reply_queues(desk) == [], 20, "it is gone")
+
+
 @pytest.mark.timeout(180)
 def test_a_client_that_runs_for_long_does_not_grow(desk: CanvasBench) -> None:
-    """As many results as a test may take; `benchmarks/results.py` takes as many as one likes."""
+    """As many results as a test may take; with `-m slow` it is a hundred thousand."""
     app = desk.caller()
     desk.worker("default", "-c", "2")
     process = psutil.Process()
@@ -263,8 +301,91 @@ def test_a_client_that_runs_for_long_does_not_grow(desk: CanvasBench) -> None:
     wait_until(lambda: desk.vhost.ready(queue) == 0, 10, "every reply was taken")
 
 
-def test_a_task_that_waits_for_another_is_refused(desk: CanvasBench) -> None:
+def test_a_task_that_waits_for_another_is_refused_unless_it_insists(desk: CanvasBench) -> None:
     desk.caller()
     desk.worker("default", "-c", "2")
     with pytest.raises(RuntimeError, match="Use a chain"):
         canvas.waits_for_another.delay(5).get(20)
+    assert canvas.waits_for_another.delay(5, insist=True).get(20) == 5
+
+
+@pytest.mark.fault
+def test_the_errback_of_what_never_ran_is_over_before_its_message_is_acknowledged(desk: CanvasBench) -> None:
+    """On an event loop, too: when its process dies meanwhile, another one runs it."""
+    gate = desk.folder / "gate"
+    first = desk.worker("default", "-P", "asyncio", "-c", "4")
+    errback = canvas.on_error_later.s(str(gate))
+    task_id = desk.client().send_task("integration.apps.canvas.doubled", ("no number",), link_error=errback).id
+    wait_until(lambda: desk.ledger.ids("errback begun"), 20, "the errback runs")
+    time.sleep(1.0)
+    assert desk.vhost.management.counts("default") == (0, 1)
+    assert desk.vhost.management.counts("default.dlq") == (0, 0)
+    first.kill()
+    gate.touch()
+    desk.worker("default", "-P", "asyncio", "-c", "4")
+    desk.vhost.dead_letters("default", 1)
+    assert desk.ledger.ids("errback done") == {task_id}
+    desk.vhost.wait_settled("default")
+
+
+#: Sends bursts of a thousand; of every second one all results are asked for and forgotten.
+SOAK = """
+import gc, json, sys
+import psutil
+from amqptasks import ResultSet
+from amqptasks.testing.waiting import wait_until
+from integration.apps import canvas
+
+app, process = canvas.app, psutil.Process()
+app.configure(config=sys.argv[1])
+
+def told(calls):
+    gc.collect()
+    memory = process.memory_info().rss / 2**20
+    return {"calls": calls, "rss": memory, "threads": process.num_threads(), "files": process.num_fds()}
+
+for burst in range(1, int(sys.argv[2]) + 1):
+    results = ResultSet(app.send_many([canvas.add.s(number, 1) for number in range(1000)]))
+    if burst % 2 == 0:
+        values = {handle.id: value for handle, value in results.iter(120)}
+        assert [values[one.id] for one in results] == list(range(1, 1001))
+        results.forget()
+        del values
+    del results
+    if burst == 20:
+        print(json.dumps(told(burst * 1000)), flush=True)
+inbox = app.client._inbox
+if inbox is not None:
+    wait_until(lambda: not inbox._pending, 60, "all replies came")
+    assert len(inbox._ready) <= 1000 and not inbox._held
+else:
+    news = app.result_store._news
+    assert not news._listeners and not news._confirmed
+print(json.dumps(told(burst * 1000)), flush=True)
+app.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+@pytest.mark.parametrize("kind", ["rpc", "redis"])
+def test_a_hundred_thousand_results_leave_no_queue_no_key_and_no_memory_behind(desk: CanvasBench, kind: str) -> None:
+    with RedisServer() as server:
+        desk.settings["result"] = {"backend": "rpc://"} if kind == "rpc" else {"backend": server.url, "expires": 60}
+        desk.worker("default", "-c", "2")
+        (desk.folder / "soak.py").write_text(textwrap.dedent(SOAK))
+        command = [sys.executable, str(desk.folder / "soak.py"), str(desk.config), "100"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        first, last = (json.loads(line) for line in done.stdout.splitlines())
+        print(first, last)
+        assert (first["calls"], last["calls"]) == (20_000, 100_000)
+        assert last["rss"] - first["rss"] < 5, (first, last)
+        assert last["threads"] <= first["threads"]
+        assert last["files"] <= first["files"]
+        assert reply_queues(desk) == []
+        desk.vhost.wait_settled("default")
+        with redis.Redis.from_url(server.url) as keys:
+            wait_until(lambda: keys.dbsize() == 0, 90, lambda: f"{keys.dbsize()} keys of results are left", pause=0.5)
+            assert keys.pubsub_channels() == []

@@ -6,22 +6,33 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import celery
 import celery.result
 import pytest
 
-from amqptasks import AsyncResult, ConfigError, GroupResult, ResultTimeout, SerializationError, StoreUnavailable
+from amqptasks import (
+    AsyncResult,
+    ConfigError,
+    GroupResult,
+    RemoteError,
+    ResultTimeout,
+    SerializationError,
+    StoreUnavailable,
+)
 from amqptasks.protocol.results import ResultMeta, decode_result, encode_result
 from amqptasks.results.access import StoredResults
 from amqptasks.results.store import ResultStore
 from amqptasks.results.stores import open_store
 from amqptasks.testing.rabbitmq import free_port
+from amqptasks.testing.waiting import wait_until
 from integration.store_servers import MONGODB, SERVERS, server_of
 
 KINDS = [*SERVERS, "sqlite", *(["mongodb"] if MONGODB else [])]
@@ -65,8 +76,7 @@ def test_what_was_put_is_there_until_it_is_deleted(store: ResultStore) -> None:
     assert decode_result(found[first]).result == "ü" * 250_000
     store.put(second, encoded(second, "PROGRESS", {"done": 2}), ready=False)
     store.put(second, encoded(second, result=5), ready=True)
-    store.put(second, encoded(second, result=6), ready=True)
-    assert decode_result(store.get([second])[second]).result == 6
+    assert decode_result(store.get([second])[second]).result == 5
     store.delete([first, second, third])
     assert store.get([first, second]) == {}
     assert store.get([]) == {}
@@ -78,6 +88,36 @@ def test_what_is_ready_is_not_replaced_by_what_is_not(store: ResultStore) -> Non
         store.put(task_id, encoded(task_id, status, ValueError("x") if status != "SUCCESS" else 1), ready=True)
         store.put(task_id, encoded(task_id, "PROGRESS", {}), ready=False)
         assert decode_result(store.get([task_id])[task_id]).status == status
+
+
+def test_a_success_is_final_and_a_failure_gives_way_to_what_runs_again(store: ResultStore) -> None:
+    """A duplicate that fails changes nothing; a dead letter that is sent again does."""
+    task_id = fresh()
+
+    def put(status: str, value: Any) -> tuple[str, str]:
+        store.put(task_id, encoded(task_id, status, value), ready=True)
+        meta = decode_result(store.get([task_id])[task_id])
+        return meta.status, str(meta.result)
+
+    assert put("REVOKED", ValueError("r")) == ("REVOKED", "r")
+    assert put("FAILURE", ValueError("a")) == ("FAILURE", "a")
+    assert put("FAILURE", ValueError("b")) == ("FAILURE", "b")
+    assert put("SUCCESS", 1) == ("SUCCESS", "1")
+    for status, value in (("FAILURE", ValueError("duplicate")), ("SUCCESS", 2), ("REVOKED", ValueError("late"))):
+        assert put(status, value) == ("SUCCESS", "1")
+
+
+def test_many_writers_of_one_result_leave_a_success(store: ResultStore) -> None:
+    for _ in range(5):
+        task_id = fresh()
+        written = [("PROGRESS", {}), ("FAILURE", ValueError("x")), ("SUCCESS", 1), ("FAILURE", ValueError("y"))] * 3
+
+        def put(one: tuple[str, Any], task_id: str = task_id) -> None:
+            store.put(task_id, encoded(task_id, *one), ready=one[0] != "PROGRESS")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(put, written))
+        assert decode_result(store.get([task_id])[task_id]).status == "SUCCESS"
 
 
 def test_a_thousand_results_at_once(store: ResultStore) -> None:
@@ -166,6 +206,52 @@ def test_who_waits_is_told_soon(store: ResultStore, kind: str) -> None:
     assert GroupResult(fresh(), many, access=access).get(10) == [1] * 50
 
 
+def test_one_listener_that_raises_ends_nobody_elses_waiting(store: ResultStore) -> None:
+    """As when its event loop is closed."""
+    access = StoredResults(store)
+    bad, named = fresh(), fresh()
+
+    def raises(_meta: ResultMeta) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    waiting: AsyncResult[int] = AsyncResult(fresh(), access)
+    values: list[int] = []
+    thread = threading.Thread(target=lambda: values.append(waiting.get(20)))
+    thread.start()
+    stop = access.listen([bad], raises)
+    store.put(bad, encoded(bad), ready=True)
+    error = b'{"task_id": "t", "status": "FAILURE", "result": {"exc_type": "a\\u0000b", "exc_message": ["m"]}}'
+    store.put(named, error, ready=True)
+    with pytest.raises(RemoteError, match="m"):
+        AsyncResult[int](named, access).get(10)
+    store.put(waiting.id, encoded(waiting.id, result=7), ready=True)
+    thread.join(20)
+    assert values == [7]
+    after: AsyncResult[int] = AsyncResult(fresh(), access)
+    threading.Timer(0.2, lambda: store.put(after.id, encoded(after.id, result=8), ready=True)).start()
+    assert after.get(20) == 8
+    stop()
+
+
+def _waits_in_child(access: StoredResults, task_id: str, found: Any) -> None:
+    found.put(AsyncResult[int](task_id, access).get(20))
+
+
+def test_a_child_waits_for_itself_though_its_parent_waits(store: ResultStore) -> None:
+    access = StoredResults(store)
+    stop = access.listen([fresh()], lambda meta: None)
+    wait_until(lambda: threading.active_count() > 1, 10, "the parent waits")
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    task_id = fresh()
+    child = context.Process(target=_waits_in_child, args=(access, task_id, found))
+    child.start()
+    store.put(task_id, encoded(task_id, result=9), ready=True)
+    assert found.get(timeout=20) == 9
+    child.join(20)
+    stop()
+
+
 def test_a_server_that_is_not_there_is_told_in_time_and_without_its_password(kind: str) -> None:
     if kind in ("sqlite", "mongodb"):
         url = "sqlite:////nowhere/at/all.db" if kind == "sqlite" else f"mongodb://u:s3cret@127.0.0.1:{free_port()}/x"
@@ -218,6 +304,56 @@ def test_after_a_restart_of_the_server_the_same_store_works(kind: str, store: Re
         assert task_id in store.get([task_id])
 
 
+@contextmanager
+def frozen(kind: str) -> Iterator[None]:
+    server_of(kind).freeze()
+    try:
+        yield
+    finally:
+        server_of(kind).thaw()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", list(SERVERS), indirect=True)
+def test_a_server_that_is_frozen_is_told_in_time(kind: str, url: str) -> None:
+    """Its connections stay, and its kernel acknowledges what comes."""
+    used, fresh_one = open_store(url, expires=3600), open_store(url, expires=3600)
+    task_id = fresh()
+    used.put(task_id, encoded(task_id), ready=True)
+    with ThreadPoolExecutor(2) as pool, frozen(kind):
+        started = time.monotonic()
+        asked = [
+            pool.submit(used.put, task_id, encoded(task_id, result=2), ready=True),
+            pool.submit(fresh_one.get, [task_id]),
+        ]
+        for one in asked:
+            with pytest.raises(StoreUnavailable):
+                one.result(40)
+        assert time.monotonic() - started < 30
+    wait_until(lambda: set(used.get([task_id])) == {task_id}, 20, "it is used again")
+    assert set(fresh_one.get([task_id])) == {task_id}
+    used.close()
+    fresh_one.close()
+
+
+def _reads_in_child(store: ResultStore, ids: list[str], right: Any) -> None:
+    right.value = all(set(store.get([one])) == {one} for one in ids * 10)
+
+
+def test_parent_and_child_read_their_own_answers(store: ResultStore) -> None:
+    """They ask at the same time, on connections of their own."""
+    ids = [fresh() for _ in range(50)]
+    for one in ids:
+        store.put(one, encoded(one), ready=True)
+    context = multiprocessing.get_context("fork")
+    right = context.Value("b", False)
+    child = context.Process(target=_reads_in_child, args=(store, ids[::-1], right))
+    child.start()
+    assert all(set(store.get([one])) == {one} for one in ids * 10)
+    child.join(20)
+    assert (child.exitcode, right.value) == (0, True)
+
+
 def test_an_item_that_memcached_does_not_take_is_told() -> None:
     store = open_store(server_of("memcached").url, expires=10)
     with pytest.raises(SerializationError, match="item limit"):
@@ -234,6 +370,20 @@ def test_old_rows_are_deleted_in_batches(tmp_path: Any) -> None:
     assert store.expire() == 2500
     assert store.expire() == 0
     assert set(store.get(["1", "fresh"])) == {"fresh"}
+    store.close()
+
+
+def test_many_old_rows_are_deleted_at_once(tmp_path: Any) -> None:
+    """More than a minute's worth of a fast task: what is not deleted in time grows without end."""
+    url = f"sqlite:///{tmp_path}/results.db"
+    store: Any = open_store(url, expires=3600)
+    store.put("fresh", encoded("fresh"), ready=True)
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        rows = ((str(number), False, b"{}", 1.0) for number in range(25_000))
+        connection.executemany("INSERT INTO amqptasks_results VALUES (?, ?, ?, ?)", rows)
+    connection.close()
+    assert store.expire() == 25_000
+    assert set(store.get(["fresh"])) == {"fresh"}
     store.close()
 
 

@@ -118,12 +118,14 @@ async def test_asyncio_callers_publish_over_tls(tls: Tls, trusted: str) -> None:
     await app.aclose()
 
 
+@pytest.mark.fault
 def test_a_certificate_of_an_unknown_authority_is_refused_and_named(tls: Tls) -> None:
     with pytest.raises(PublishError, match="certificate") as caught:
         send(app_on(tls.url()))
     assert "broker.tls.ca_file" in str(caught.value)
 
 
+@pytest.mark.fault
 async def test_asyncio_callers_refuse_it_too(tls: Tls) -> None:
     app = app_on(tls.url())
     with pytest.raises(PublishError, match="certificate"):
@@ -131,6 +133,7 @@ async def test_asyncio_callers_refuse_it_too(tls: Tls) -> None:
     await app.aclose()
 
 
+@pytest.mark.fault
 def test_a_certificate_of_another_host_is_refused(tls: Tls, trusted: str) -> None:
     with pytest.raises(PublishError, match=r"certificate.*127\.0\.0\.1"):
         send(app_on(tls.url("127.0.0.1"), ca_file=trusted))
@@ -142,6 +145,7 @@ def test_verification_can_be_turned_off(tls: Tls) -> None:
     send(app)
 
 
+@pytest.mark.fault
 def test_a_client_without_tls_is_told(tls: Tls) -> None:
     with pytest.raises(PublishError, match=r"127\.0\.0\.1"):
         send(app_on(f"amqp://guest:guest@127.0.0.1:{tls.port}/"))
@@ -154,6 +158,7 @@ def test_a_broker_that_wants_a_certificate_gets_it(strict: Tls, trusted: str, tm
     runs_tasks(bench_on(strict, tmp_path, ca_file=trusted, **files))
 
 
+@pytest.mark.fault
 def test_a_client_without_a_certificate_is_refused(strict: Tls, trusted: str) -> None:
     with pytest.raises(PublishError) as caught:
         send(app_on(strict.url(), ca_file=trusted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import UnroutableError
 
 from amqptasks import AmqpTasks
-from amqptasks.broker.admin import declare, queue_counts
+from amqptasks.broker.admin import connect, declare, queue_counts
 from amqptasks.config.models import BrokerSettings, Settings
 from amqptasks.errors import AccessRefused, BrokerUnreachable, ConfigError, TopologyConflict
 from amqptasks.testing.waiting import wait_until
@@ -108,6 +109,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.mark.timing
 def test_declaring_twice_changes_nothing_and_is_quick(vhost):
     settings = declared(vhost.url, **EVERYTHING)
     started = time.monotonic()
@@ -148,6 +150,20 @@ def test_the_next_node_is_tried_when_one_does_not_answer(vhost):
         declare(build_topology(settings), BrokerSettings.model_validate({"url": [dead, dead]}))
     assert "127.0.0.1:1" in str(caught.value)
     assert "secret-word" not in str(caught.value)
+
+
+def test_a_node_that_takes_the_connection_and_says_nothing_is_passed_over(vhost):
+    settings = settings_of(vhost.url)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mute = f"amqp://guest:secret-word@127.0.0.1:{silent.getsockname()[1]}/"
+        hurried = {"connection_timeout": 0.3}
+        both = BrokerSettings.model_validate({"url": [mute, vhost.url], **hurried})
+        declare(build_topology(settings), both)
+        connect(both, "a test").close()
+        for visit in (connect, lambda one, _name: declare(build_topology(settings), one)):
+            with pytest.raises(BrokerUnreachable, match="no answer in time") as caught:
+                visit(BrokerSettings.model_validate({"url": mute, **hurried}), "a test")
+            assert "secret-word" not in str(caught.value)
 
 
 def test_a_wrong_password_and_a_missing_virtual_host_are_told_apart(vhost):
@@ -191,8 +207,27 @@ def test_a_queue_with_other_arguments_is_a_conflict_with_both_values_and_a_way_o
     assert (conflict.entity, conflict.argument, (conflict.declared, conflict.live)) == ("email", argument, values)
     assert "queue 'email' exists" in str(conflict)
     assert way_out in str(conflict)
-    assert "delete_queue email" in str(conflict)
+    assert "`amqptasks topology migrate email`" in str(conflict)
     declared(vhost.url, queues={"default": {}, "email": live})
+
+
+def test_a_default_that_an_older_queue_lacks_is_no_conflict(vhost):
+    declared(vhost.url, queues={"default": {}, "email": {"consumer_timeout": None}, "media": {"consumer_timeout": 60}})
+    declared(vhost.url, queues={"default": {}, "email": {}, "media": {}})
+    with pytest.raises(TopologyConflict, match="x-message-ttl") as caught:
+        declared(vhost.url, queues={"default": {}, "email": {"message_ttl": 1}})
+    assert "x-consumer-timeout" not in str(caught.value)
+
+
+def test_a_consumer_timeout_that_was_asked_for_is_a_conflict_where_the_broker_compares_it(vhost):
+    settings = declared(vhost.url, queues={"default": {}, "email": {"consumer_timeout": 60}})
+    version = vhost.management.request("GET", "overview")["rabbitmq_version"]
+    other = build_topology(settings_of(vhost.url, queues={"default": {}, "email": {"consumer_timeout": 90}}))
+    if version.startswith("4.3"):
+        with pytest.raises(TopologyConflict, match="set consumer_timeout: 60"):
+            declare(other, settings.broker)
+    else:
+        declare(other, settings.broker)
 
 
 def test_all_conflicts_are_reported_at_once(vhost):
@@ -268,6 +303,16 @@ def test_a_rejected_message_arrives_in_its_dead_letter_queue(vhost, channel, que
     assert take(channel, "email.dlq")[2] == b"bad"
 
 
+@pytest.mark.parametrize("name", ["default.dlq", "amqptasks.unroutable"])
+def test_a_dead_letter_that_was_looked_at_often_is_still_there(vhost, channel, name):
+    """RabbitMQ 4.0 counts a look in the management UI as a failed delivery, and drops a message after 20 of them."""
+    declared(vhost.url)
+    send(channel, "", name, b"look at me")
+    wait_until(lambda: vhost.ready(name) == 1, 10, "the message is there")
+    for _ in range(25):
+        assert [one["payload"] for one in vhost.management.messages(name)] == ["look at me"]
+
+
 def test_an_unbound_key_on_the_task_exchange_is_returned_to_the_caller(vhost, channel):
     declared(vhost.url)
     with pytest.raises(UnroutableError):
@@ -288,7 +333,7 @@ def test_a_delayed_message_is_never_early_and_hardly_late(vhost, channel, second
     declared(vhost.url)
     sent = send_later(channel, To(queue="default"), seconds)
     take(channel, "default")
-    assert seconds <= time.monotonic() - sent < seconds + 0.5
+    assert seconds <= time.monotonic() - sent < seconds + 1.0  # as promised, on a machine that does other things too
 
 
 def test_a_delayed_message_that_is_rejected_finds_its_dead_letter_queue(vhost, channel):
@@ -301,6 +346,7 @@ def test_a_delayed_message_that_is_rejected_finds_its_dead_letter_queue(vhost, c
     take(channel, "default.dlq")
 
 
+@pytest.mark.timing
 def test_a_delayed_message_is_not_hidden_by_urgent_ones_that_are_not_due(vhost, channel):
     """RabbitMQ 4.0 to 4.2 look at the head of the urgent ones first, whose time has not come."""
     app = AmqpTasks("delays", config={"broker": {"url": vhost.url}})
@@ -328,6 +374,8 @@ def test_queues_with_similar_names_do_not_receive_each_others_delayed_messages(v
     assert [depth(settings, name) for name in ("orders", "eu.orders", "eu")] == [0, 0, 0]
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_forty_undeliverable_messages_do_not_block_a_level(vhost, channel):
     settings = declared(vhost.url)
     for _ in range(40):
@@ -338,6 +386,8 @@ def test_forty_undeliverable_messages_do_not_block_a_level(vhost, channel):
     wait_until(lambda: depth(settings, "amqptasks.unroutable") == 40, what="40 messages are parked")
 
 
+@pytest.mark.timing
+@pytest.mark.fault
 def test_forty_messages_for_a_full_queue_do_not_block_a_level(vhost, channel):
     declared(vhost.url, queues={"default": {}, "small": {"max_length": 1}})
     for _ in range(40):
@@ -348,6 +398,7 @@ def test_forty_messages_for_a_full_queue_do_not_block_a_level(vhost, channel):
     assert time.monotonic() - sent < 1.0
 
 
+@pytest.mark.timing
 def test_a_limited_queue_receives_its_delayed_messages_in_time(vhost, channel):
     declared(vhost.url, queues={"default": {}, "small": {"max_length": 5}})
     sent = send_later(channel, To(queue="small"), 0.3)

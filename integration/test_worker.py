@@ -77,6 +77,7 @@ def test_async_tasks_run_as_they_stand_in_every_pool(bench: Bench) -> None:
         assert worker.stop() == 0
 
 
+@pytest.mark.timing
 def test_an_asyncio_pool_runs_hundreds_at_once(bench: Bench) -> None:
     app = bench.client()
     app.send_many([app.signature(f"{TASKS}.asleep", (1.0,)) for _ in range(300)])
@@ -97,6 +98,7 @@ def test_a_task_that_publishes_passes_on_parent_and_root(bench: Bench) -> None:
     assert third.event == f"depth=0 parent={second.task_id} root={root}"
 
 
+@pytest.mark.timing
 def test_retries_come_back_after_their_delay_and_then_succeed(bench: Bench) -> None:
     app = bench.client()
     task_id = bench.send(app, "recovers", 10)
@@ -108,6 +110,25 @@ def test_retries_come_back_after_their_delay_and_then_succeed(bench: Bench) -> N
     assert min(gaps) >= 0.3, "a retry came early"
     assert max(gaps) < 1.3
     bench.vhost.wait_settled("default")
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_ten_times_with_pauses_of_three_seconds_runs_eleven_times(bench: Bench) -> None:
+    bench.settings["tasks"] = {f"{TASKS}.recovers": {"default_retry_delay": 3}}
+    app = bench.client()
+    task_id = bench.send(app, "recovers", 10)
+    worker = bench.worker()
+    bench.wait_done({task_id}, timeout=90)
+    tries = bench.ledger.entries("try")
+    assert [entry.attempt for entry in tries] == list(range(1, 12))
+    gaps = [later.at - earlier.at for earlier, later in pairwise(tries)]
+    assert min(gaps) >= 3.0, "a retry came early"
+    assert max(gaps) < 5.0
+    bench.vhost.wait_settled("default")
+    levels = [queue.name for queue in app.topology.queues if ".delay." in queue.name]
+    counts = bench.vhost.management.counts
+    wait_until(lambda: sum(sum(counts(one)) for one in levels) == 0, 20, "nothing is left on the ladder", pause=0.2)
+    assert worker.stop() == 0
 
 
 def test_a_retry_may_change_its_arguments(bench: Bench) -> None:
@@ -170,6 +191,7 @@ def test_what_fails_for_good_is_dead_lettered_with_its_reason(
     assert worker.stop() == 0
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("queue", [{}, {"max_priority": 5}], ids=["quorum", "classic"])
 def test_a_poison_task_costs_three_executors_and_blames_nobody_else(bench: Bench, queue: dict[str, Any]) -> None:
     bench.settings["queues"] = {"default": queue}
@@ -187,12 +209,28 @@ def test_a_poison_task_costs_three_executors_and_blames_nobody_else(bench: Bench
     bench.vhost.wait_settled("default")
 
 
+@pytest.mark.fault
 def test_a_task_that_crashes_twice_and_then_works_is_done(bench: Bench) -> None:
     app = bench.client()
     task_id = bench.send(app, "kills_itself", 2, 11)
     bench.worker()
     bench.wait_done({task_id})
     assert events(bench, task_id) == ["try", "try", "try", "done"]
+
+
+@pytest.mark.parametrize("pool", ["process", "thread"])
+def test_what_its_time_limit_killed_runs_again_where_its_task_says_so(bench: Bench, pool: str) -> None:
+    app = bench.client()
+    bench.worker("default", "-c", "2", "-P", pool)
+    third = bench.send(app, "overruns_until", 3)
+    never = bench.send(app, "overruns_until", 9)
+    bench.wait_done({third})
+    (letter,) = bench.vhost.dead_letters("default", 1)
+    headers = letter["properties"]["headers"]
+    assert (letter["properties"]["correlation_id"], headers["x-task-reason"]) == (never, "time_limit")
+    assert headers["x-task-attempts"] == 3
+    tries = [(one.task_id, one.attempt) for one in bench.ledger.entries("try")]
+    assert sorted(tries) == sorted((one, attempt) for one in (third, never) for attempt in (1, 2, 3))
 
 
 def test_an_ignored_task_leaves_nothing_behind(bench: Bench) -> None:
@@ -204,6 +242,7 @@ def test_an_ignored_task_leaves_nothing_behind(bench: Bench) -> None:
     assert bench.vhost.management.messages("default.dlq") == []
 
 
+@pytest.mark.timing
 def test_countdown_and_eta_wait_in_the_broker_and_are_never_early(bench: Bench) -> None:
     app = bench.client()
     app.declare()
@@ -258,6 +297,7 @@ def test_a_fanout_exchange_gives_each_queue_its_copy_and_a_retry_stays_in_its_qu
     assert sorted(entry.attempt for entry in bench.ledger.entries("try")) == [1, 1, 2, 2]
 
 
+@pytest.mark.timing
 def test_a_long_task_holds_nothing_back(bench: Bench) -> None:
     app = bench.client()
     first = bench.worker("default", "-c", "1")

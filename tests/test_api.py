@@ -35,7 +35,8 @@ def test_the_public_names_are_these() -> None:
         *("MaxRetriesExceeded", "Nacked", "PublishError", "PublishTimeout", "Reject", "RemoteError", "ResultSet"),
         *("ResultTimeout", "ResultUnavailable", "Retry", "SerializationError", "Signature", "SoftTimeLimitExceeded"),
         *("StoreUnavailable", "Task", "TaskRevoked", "TimeLimitExceeded", "TopologyConflict", "Unroutable"),
-        *("__version__", "chain", "chord", "chunks", "current_app", "group", "shared_task", "signature", "states"),
+        *("__version__", "chain", "chord", "chunks", "current_app", "group", "shared_task", "signals", "signature"),
+        "states",
     }
     for name in amqptasks.__all__:
         assert getattr(amqptasks, name) is not None
@@ -164,9 +165,23 @@ def test_a_signature_is_a_value_in_celerys_form(app: AmqpTasks) -> None:
     }
 
 
-def test_what_is_not_offered_yet_says_so_at_once(app: AmqpTasks) -> None:
-    with pytest.raises(NotImplementedError, match="revoke"):
-        AsyncResult("abc", app.results).revoke()
+def test_what_cannot_be_revoked_says_so_at_once(app: AmqpTasks) -> None:
+    for wrong in ("", "x" * 256, 7, None):
+        with pytest.raises((ValueError, TypeError)):
+            app.control.revoke([wrong])
+    with pytest.raises(ValueError, match="'SIGNONSENSE' is no signal"):
+        AsyncResult("abc", app.results).revoke(terminate=True, signal="SIGNONSENSE")
+
+
+def test_a_limit_in_the_code_may_be_lifted_in_the_file_and_its_scope_set() -> None:
+    app = AmqpTasks("rates", config={"tasks": {"shop.x": {"rate_limit": 0}, "shop.y": {"rate_limit_scope": "worker"}}})
+    for name in ("shop.x", "shop.y", "shop.z"):
+        app.task(name=name, rate_limit="60/m")(lambda: None)
+    app.task(name="shop.free")(lambda: None)
+    assert app.rate_limits() == {"shop.x": (0.0, "cluster"), "shop.y": (1.0, "worker"), "shop.z": (1.0, "cluster")}
+    assert {"amqptasks.rate.shop.x", "amqptasks.rate.@worker.shop.y", "amqptasks.rate.shop.z"} <= {
+        queue.name for queue in app.topology.queues
+    }
 
 
 def test_limits_of_code_and_file_must_fit_together() -> None:

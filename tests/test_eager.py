@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +22,17 @@ from amqptasks import (
     group,
 )
 from amqptasks.errors import UnknownTask
+from amqptasks.protocol.results import decode_result
 
 tries: list[int] = []
+
+
+@dataclass
+class Receipt:
+    """A value with a type of its own."""
+
+    order: int
+    amount: Decimal
 
 
 @pytest.fixture
@@ -58,6 +69,16 @@ def tasks(app: AmqpTasks) -> Any:
         @app.task(name="lock")
         def lock() -> Any:
             return threading.Lock()
+
+        @staticmethod
+        @app.task(name="receipt")
+        def receipt(order: int) -> Receipt:
+            return Receipt(order, Decimal("9.99"))
+
+        @staticmethod
+        @app.task(name="silent", ignore_result=True)
+        def silent(*_args: Any) -> int:
+            return 1
 
         @staticmethod
         @app.task(name="again", bind=True, max_retries=2, default_retry_delay=100)
@@ -109,6 +130,26 @@ def test_a_failure_is_the_results_or_the_callers(app: AmqpTasks, tasks: Any) -> 
         fails.delay()
 
 
+def test_eager_results_are_stored_where_the_settings_say_so(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/results.db"
+    for stored in (True, False):
+        app = AmqpTasks(
+            "storing",
+            config={
+                "result": {"backend": url},
+                "testing": {"always_eager": True, "store_eager_result": stored},
+            },
+        )
+        double = app.task(name="double")(lambda number: 2 * number)
+        result = double.delay(4)
+        assert result.get(0) == 8
+        store = app.result_store
+        assert store is not None
+        found = store.get([result.id])
+        assert [decode_result(one).result for one in found.values()] == ([8] if stored else [])
+        store.close()
+
+
 def test_compositions_run_too(tasks: Any) -> None:
     add, total, fails = tasks.add, tasks.total, tasks.fails
     assert chain(add.s(1, 2), add.s(3)).delay().get() == 6
@@ -120,6 +161,36 @@ def test_compositions_run_too(tasks: Any) -> None:
         chord([add.s(1, 1), fails.s(), add.s(2, 2)], total.s()).delay().get()
     with pytest.raises(KeyError):
         chain(fails.s(), add.s(1)).delay().get()
+
+
+def test_values_in_compositions_have_their_types(tasks: Any) -> None:
+    one, two = Receipt(1, Decimal("9.99")), Receipt(2, Decimal("9.99"))
+    grouped = group(tasks.receipt.s(1), tasks.receipt.s(2)).delay()
+    assert grouped.get() == [one, two]
+    assert [value for _, value in grouped.iter(1)] == [one, two]
+    last = (tasks.receipt.s(1) | tasks.add.si(1, 2)).delay()
+    assert last.parent.get() == one
+    joined = chord([tasks.receipt.s(1), tasks.receipt.s(2)], tasks.add.si(1, 2)).delay()
+    assert joined.parent.get() == [one, two]
+
+
+def test_a_composition_that_keeps_no_result_says_so_at_once(app: AmqpTasks, tasks: Any) -> None:
+    add, silent = tasks.add, tasks.silent
+    for sent in (
+        group(silent.s(), add.s(1, 1)).delay,
+        (add.s(1, 1) | silent.s()).delay,
+        lambda: (add.s(1, 1) | add.s(2)).apply_async(ignore_result=True),
+        lambda: (silent.s() | add.si(1, 1)).delay().parent,
+        chord([add.s(1, 1)], silent.s()).delay,
+        (add.s(1, 1) | app.signature("add", (1,), ignore_result=True)).delay,
+    ):
+        for ask in (lambda one: one.get(10), lambda one: one.ready(), lambda one: asyncio.run(one.aget(10))):
+            with pytest.raises(ResultUnavailable, match="ignore_result"):
+                ask(sent())
+    with pytest.raises(ResultUnavailable, match="ignore_result"):
+        list(group(silent.s(), add.s(1, 1)).delay().iter(10))
+    assert (silent.s() | add.si(1, 1)).delay().get(0) == 2
+    assert silent.map([1, 2]).delay().get(0) == [1, 1]
 
 
 async def test_asyncio_callers_may_be_eager(tasks: Any) -> None:

@@ -24,12 +24,14 @@ import yaml
 
 from amqptasks.config import load_settings
 from amqptasks.config.quantities import parse_seconds
+from amqptasks.testing.rabbitmq import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "amqptasks"
 MINIMAL, RICH = (CHART / "ci" / f"{name}-values.yaml" for name in ("minimal", "rich"))
+OPERATOR = {"monitoring.coreos.com/v1"}
 CAN_RENDER = shutil.which("helm") is not None or shutil.which("npm") is not None
-WORKERS = {MINIMAL: {"default"}, RICH: {"default", "payments", "mail", "media"}}
+WORKERS = {MINIMAL: {"default"}, RICH: {"default", "payments", "mail", "media", "beat"}}
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -101,7 +103,10 @@ def test_every_value_is_in_the_schema_and_every_key_of_the_schema_in_the_values(
     ("values", "where"),
     [
         ({"worker": {}}, []),
-        ({"livenessProbe": {}}, []),
+        ({"livenessProbe": {"exec": {}}}, ["livenessProbe"]),
+        ({"http": {"port": 80}}, ["http", "port"]),
+        ({"podMonitor": {"interval": "often"}}, ["podMonitor", "interval"]),
+        ({"prometheusRule": {"disabled": "AmqptasksTaskSlow"}}, ["prometheusRule", "disabled"]),
         ({"image": {"tag": 1.4}}, ["image", "tag"]),
         ({"broker": {"url": "redis://h"}}, ["broker", "url"]),
         ({"config": {"app": "shop:app"}}, ["config"]),
@@ -110,7 +115,7 @@ def test_every_value_is_in_the_schema_and_every_key_of_the_schema_in_the_values(
         ({"workers": {"mail": {"queues": "default"}}}, ["workers", "mail", "queues"]),
         ({"workers": {"mail": {"queues": ["default"], "concurency": 1}}}, ["workers", "mail"]),
         ({"workers": {"mail": {"queues": ["default"], "concurrency": "4"}}}, ["workers", "mail", "concurrency"]),
-        ({"workers": {"mail": {"queues": ["default"], "pool": "gevent"}}}, ["workers", "mail", "pool"]),
+        ({"workers": {"mail": {"queues": ["default"], "pool": "eventlet"}}}, ["workers", "mail", "pool"]),
         ({"workers": {"default": None}}, ["workers"]),
         ({"podDisruptionBudget": {"minAvailable": 1, "maxUnavailable": 1}}, ["podDisruptionBudget"]),
         ({"extraEnv": {"NAME": "value"}}, ["extraEnv"]),
@@ -158,8 +163,10 @@ def container(deployment: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_text(*arguments: str) -> str:
-    (config_map,) = of_kind("ConfigMap", *arguments).values()
-    return str(config_map["data"]["amqptasks.yaml"])
+    (text,) = [
+        one["data"]["amqptasks.yaml"] for one in manifests(*arguments) if "amqptasks.yaml" in one.get("data", {})
+    ]
+    return str(text)
 
 
 class TestRendered:
@@ -177,6 +184,8 @@ class TestRendered:
     @pytest.mark.parametrize("file", [MINIMAL, RICH], ids=["minimal", "rich"])
     def test_every_manifest_is_valid_for_kubernetes(self, file, version):
         for manifest in manifests("-f", str(file)):
+            if manifest["apiVersion"] in OPERATOR:
+                continue  # kubernetes-validate knows no types but Kubernetes' own
             kubernetes_validate.validate(manifest, version, strict=True)
 
     @pytest.mark.parametrize("file", [MINIMAL, RICH], ids=["minimal", "rich"])
@@ -190,7 +199,7 @@ class TestRendered:
         assert len({json.dumps(one) for one in selectors}) == len(selectors)
 
     @pytest.mark.parametrize("file", [MINIMAL, RICH], ids=["minimal", "rich"])
-    def test_pods_have_no_rights_and_no_probes(self, file):
+    def test_pods_have_no_rights(self, file):
         for deployment in of_kind("Deployment", "-f", str(file)).values():
             spec, worker = pod(deployment), container(deployment)
             assert spec["automountServiceAccountToken"] is False
@@ -200,15 +209,61 @@ class TestRendered:
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             }
-            assert not {"livenessProbe", "readinessProbe", "startupProbe", "ports", "lifecycle"} & set(worker)
+
+    @pytest.mark.parametrize(("file", "port"), [(MINIMAL, 9808), (RICH, 9900)], ids=["minimal", "rich"])
+    def test_pods_are_probed_and_scraped_where_the_worker_listens(self, file, port):
+        values = values_of(file)
+        for deployment in of_kind("Deployment", "-f", str(file)).values():
+            worker = container(deployment)
+            assert worker["ports"] == [{"name": "http", "containerPort": port}]
+            assert worker["args"][worker["args"].index("--http") + 1] == f":{port}"
+            for probe, path in (
+                ("startupProbe", "/startupz"),
+                ("livenessProbe", "/livez"),
+                ("readinessProbe", "/readyz"),
+            ):
+                assert worker[probe] == {"httpGet": {"path": path, "port": "http"}, **values[probe]}
+            assert worker.get("lifecycle", {}) == values["lifecycle"]
+
+    def test_monitoring_is_made_on_demand(self):
+        assert not any(of_kind(kind, "-f", str(MINIMAL)) for kind in ("PodMonitor", "PrometheusRule"))
+        (monitor,) = of_kind("PodMonitor", "-f", str(RICH)).values()
+        assert monitor["metadata"]["labels"]["release"] == "monitoring"
+        assert monitor["spec"]["podMetricsEndpoints"] == [{"port": "http", "path": "/metrics", "interval": "15s"}]
+        for deployment in of_kind("Deployment", "-f", str(RICH)).values():
+            labels = deployment["spec"]["template"]["metadata"]["labels"]
+            assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        dashboards = [one for one in manifests("-f", str(RICH)) if "amqptasks.json" in one.get("data", {})]
+        assert [one["metadata"]["labels"]["grafana_dashboard"] for one in dashboards] == ["1"]
+        shown = json.loads(dashboards[0]["data"]["amqptasks.json"])
+        assert shown == json.loads((CHART / "files" / "dashboard.json").read_text())
+
+    def test_the_rules_are_those_of_the_file_but_the_disabled_ones_and_the_users_own(self):
+        (made,) = of_kind("PrometheusRule", "-f", str(RICH)).values()
+        (group,) = made["spec"]["groups"]
+        ours = {one["alert"]: one for one in read(CHART / "files" / "alerts.yaml")["groups"][0]["rules"]}
+        shown = {one["alert"]: one for one in group["rules"]}
+        assert set(shown) == set(ours) - {"AmqptasksTaskSlow"} | {"MediaSlow"}
+        assert all(shown[name] == ours[name] for name in shown if name in ours)
 
     def test_a_worker_has_its_own_size_and_patience(self):
         deployments = of_kind("Deployment", "-f", str(RICH))
-        assert [deployments[one]["spec"].get("replicas") for one in ("payments", "mail", "media")] == [3, None, 0]
+        assert [deployments[one]["spec"].get("replicas") for one in ("payments", "mail", "media", "beat")] == [
+            3, None, 0, 3,
+        ]  # fmt: skip
         patience = {name: pod(one)["terminationGracePeriodSeconds"] for name, one in deployments.items()}
-        assert patience == {"default": 120, "payments": 120, "mail": 120, "media": 660}
+        assert patience == {"default": 120, "payments": 120, "mail": 120, "media": 660, "beat": 120}
         assert container(deployments["payments"])["resources"]["limits"] == {"memory": "512Mi"}
-        assert container(deployments["mail"])["args"][5:] == ["-Q", "email,legacy", "-c", "200", "-P", "asyncio"]
+        assert container(deployments["mail"])["args"][5:] == [
+            "-Q",
+            "email,legacy",
+            "--http",
+            ":9900",
+            "-c",
+            "200",
+            "-P",
+            "asyncio",
+        ]
 
     def test_the_config_map_holds_the_settings_as_they_were_given(self):
         as_read = load_settings(data=yaml.safe_load(settings_text("-f", str(RICH))), environ={})
@@ -231,6 +286,7 @@ class TestRendered:
         given = {one["name"]: one["value"] for one in worker["env"] if "__TLS__" not in one["name"]}
         given = {key: value.replace("/etc/", f"{tmp_path}/") for key, value in given.items()}
         arguments = [one.replace("/etc/", f"{tmp_path}/") for one in worker["args"]]
+        arguments[arguments.index("--http") + 1] = f"127.0.0.1:{free_port()}"
         own = {key: value for key, value in os.environ.items() if not key.startswith("AMQPTASKS_")}
         done = subprocess.run(
             [sys.executable, "-m", *worker["command"], *arguments],
@@ -243,6 +299,9 @@ class TestRendered:
         assert done.returncode == 1, done.stderr
         assert "127.0.0.1:1" in done.stderr.splitlines()[-1]
         assert "broker  amqp://guest:***@127.0.0.1:1/" in done.stderr
+        if name == "beat":
+            assert "  . nightly-report " in done.stderr
+            return
         for queue in values_of(file)["workers"][name]["queues"]:
             assert f"  . {queue} " in done.stderr
 
@@ -285,7 +344,7 @@ class TestRendered:
 
     def test_null_takes_the_default_worker_away(self):
         arguments = ("-f", str(RICH), "--set", "workers.default=null")
-        assert set(of_kind("Deployment", *arguments)) == {"payments", "mail", "media"}
+        assert set(of_kind("Deployment", *arguments)) == {"payments", "mail", "media", "beat"}
 
     @pytest.mark.parametrize(
         ("file", "arguments", "sentence"),
@@ -298,6 +357,7 @@ class TestRendered:
             (MINIMAL, ["workers.default.queues={email}"], 'workers.default: queue "email" is not in config.queues'),
             (MINIMAL, ["terminationGracePeriodSeconds=35"], "workers.default: terminationGracePeriodSeconds (35) must"),
             (MINIMAL, ["workers.default.terminationGracePeriodSeconds=5"], "terminationGracePeriodSeconds (5) must be"),
+            (RICH, ["workers.beat.queues={default}"], "workers.beat: this is the name of the scheduler's Deployment"),
             (MINIMAL, ["probes.enabled=true"], "Additional property probes is not allowed"),
             (MINIMAL, ["workers.default.concurrency=0"], "workers.default.concurrency: Must be greater than or equal"),
         ],

@@ -10,7 +10,8 @@ import pytest
 PROGRAM = """
 import sys
 {statement}
-heavy = {{"sentry_sdk", "aio_pika", "click", "rich", "amqptasks.worker", "amqptasks.cli", "psutil", "testcontainers"}}
+heavy = {{"sentry_sdk", "cryptography"}}
+heavy |= {{"aio_pika", "click", "rich", "amqptasks.worker", "amqptasks.cli", "psutil", "testcontainers"}}
 print(sorted(heavy & set(sys.modules)))
 """
 

@@ -46,7 +46,11 @@ def test_only_settlement_acknowledges() -> None:
     """Tasks are acknowledged by `worker/settlement.py` alone.
 
     Parts of chords and replies are no tasks: `worker/joiner.py` acknowledges those when the chord's body is confirmed,
-    `broker/replies.py` these when they are in memory.
+    `broker/replies.py` these when they are in memory. Dead letters are removed in `deadletters/`, by
+    `broker/reader.py`, when their copies are confirmed. What waits for its turn is acknowledged by `worker/rates.py`
+    when its copy is confirmed; the journal of revokes keeps what it gives, and `worker/revoked.py` asks for more.
+    `broker/mover.py` acknowledges what it moves to another queue when the copy there is confirmed.
+    `broker/transactions.py` acknowledges the schedule's state in the transaction that publishes what takes its place.
     """
     callers: dict[str, set[str]] = {}
     for file in FILES:
@@ -55,8 +59,14 @@ def test_only_settlement_acknowledges() -> None:
             if name in {"basic_ack", "basic_nack", "basic_reject", "send_ack", "send_requeue"}:
                 callers.setdefault(name, set()).add(str(file.relative_to(PACKAGE)))
     assert callers == {
-        "basic_ack": {"broker/consumer.py", "broker/replies.py"},
+        "basic_ack": {"broker/consumer.py", "broker/mover.py", "broker/reader.py", "broker/replies.py"},
         "basic_nack": {"broker/consumer.py"},
-        "send_ack": {"worker/joiner.py", "worker/settlement.py"},
-        "send_requeue": {"worker/settlement.py"},
+        "send_ack": {
+            "broker/transactions.py",
+            "worker/joiner.py",
+            "worker/rates.py",
+            "worker/revoked.py",
+            "worker/settlement.py",
+        },
+        "send_requeue": {"worker/rates.py", "worker/settlement.py"},
     }

@@ -9,23 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
 from amqptasks.broker.failures import translate
 from amqptasks.broker.parameters import connection_parameters
+from amqptasks.broker.versions import accepted_arguments
 from amqptasks.config.models import BrokerSettings
 from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerUnreachable, ConfigError, TopologyConflict
 from amqptasks.topology.conflicts import MAX_DIFFERENCES, Conflict, adopted, explain, parse_conflict, telling
 from amqptasks.topology.entities import Binding, Exchange, Queue, Topology
 
-__all__ = ["declare", "queue_counts"]
+__all__ = ["connect", "declare", "on_some_node", "purge", "queue_counts", "remove_bindings"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+#: A node that takes the connection and says nothing raises the second, which is no AMQPError.
+_FAILURES = (AMQPError, AMQPConnectorException, OSError)
 
 
 def declare(
@@ -40,7 +44,7 @@ def declare(
     first one in the attributes), ConfigError for what is missing in a passive check or what the broker does not
     accept, AccessRefused for a missing permission, BrokerUnreachable when no node answers.
     """
-    _on_some_node(broker_settings, name, lambda connection, vhost: _Declaring(connection, vhost, passive).run(topology))
+    on_some_node(broker_settings, name, lambda connection, vhost: _Declaring(connection, vhost, passive).run(topology))
 
 
 def queue_counts(
@@ -69,32 +73,88 @@ def queue_counts(
                     raise ConfigError(f"counting queue {queue!r}: {closed.reply_text}") from closed
         return counts
 
-    return _on_some_node(broker_settings, name, count)
+    return on_some_node(broker_settings, name, count)
+
+
+def remove_bindings(broker_settings: BrokerSettings, bindings: Iterable[Binding], *, name: str = "unbind") -> None:
+    """Remove bindings (queue.unbind, RabbitMQ's exchange.unbind). Raises AccessRefused and BrokerUnreachable."""
+
+    def visit(connection: pika.BlockingConnection, vhost: str) -> None:
+        channel = connection.channel()
+        for one in bindings:
+            arguments = dict(one.arguments)
+            try:
+                if one.destination_type == "queue":
+                    channel.queue_unbind(one.destination, one.source, one.routing_key, arguments)
+                else:
+                    channel.exchange_unbind(one.destination, one.source, one.routing_key, arguments)
+            except ChannelClosedByBroker as closed:
+                raise AccessRefused(f"removing a binding of {one.source!r}: {closed.reply_text}") from closed
+
+    on_some_node(broker_settings, name, visit)
+
+
+def purge(broker_settings: BrokerSettings, queue: str, *, name: str = "purge") -> int:
+    """Delete the messages that wait in a queue; what a consumer holds stays (AMQP 0-9-1, queue.purge). Their number.
+
+    Raises ConfigError when there is no such queue, AccessRefused without the permission to read it, BrokerUnreachable
+    when no node answers.
+    """
+
+    def visit(connection: pika.BlockingConnection, vhost: str) -> int:
+        try:
+            return int(connection.channel().queue_purge(queue).method.message_count)
+        except ChannelClosedByBroker as closed:
+            kind = AccessRefused if closed.reply_code == 403 else ConfigError
+            raise kind(f"purging queue {queue!r} in virtual host {vhost!r}: {closed.reply_text}") from closed
+
+    return on_some_node(broker_settings, name, visit)
 
 
 # --- connections -----------------------------------------------------------------------------------------------------
 
 
-def _on_some_node(settings: BrokerSettings, name: str, visit: Callable[[pika.BlockingConnection, str], T]) -> T:
+def on_some_node(settings: BrokerSettings, name: str, visit: Callable[[pika.BlockingConnection, str], T]) -> T:
     """Run a visit on the first node that answers; a connection lost on the way is tried again on the next node."""
     failures: list[AmqpTasksError] = []
     for parameters in connection_parameters(settings, name):
         try:
             with _connected(parameters) as connection:
                 return visit(connection, parameters.virtual_host)
-        except (AMQPError, OSError) as error:
+        except _FAILURES as error:
             failures.append(translate(error, parameters))
+    raise _all_of(failures)
+
+
+def connect(settings: BrokerSettings, name: str) -> pika.BlockingConnection:
+    """A connection to the first node that answers. Raises AccessRefused and BrokerUnreachable."""
+    failures: list[AmqpTasksError] = []
+    for parameters in connection_parameters(settings, name):
+        try:
+            return _open(parameters)
+        except _FAILURES as error:
+            failures.append(translate(error, parameters))
+    raise _all_of(failures)
+
+
+def _open(parameters: pika.ConnectionParameters) -> pika.BlockingConnection:
+    try:
+        return pika.BlockingConnection(parameters)
+    except ValueError as error:  # pika's, for a connection that was made and reset at once
+        raise ConnectionResetError(str(error)) from error
+
+
+def _all_of(failures: list[AmqpTasksError]) -> AmqpTasksError:
+    """What to raise when no node did it: what a node refused, before what did not answer."""
     refused = next((failure for failure in failures if not isinstance(failure, BrokerUnreachable)), None)
     if refused is not None:
-        raise refused
-    if len(failures) == 1:
-        raise failures[0]
-    raise BrokerUnreachable("; ".join(map(str, failures))) from failures[-1]
+        return refused
+    return failures[0] if len(failures) == 1 else BrokerUnreachable("; ".join(map(str, failures)))
 
 
 @contextmanager
 def _connected(parameters: pika.ConnectionParameters) -> Iterator[pika.BlockingConnection]:
-    connection = pika.BlockingConnection(parameters)
+    connection = _open(parameters)
     try:
         yield connection
     finally:
@@ -212,11 +272,20 @@ class _Declaring:
     def _note(self, entity: Exchange | Queue, closed: ChannelClosedByBroker) -> None:
         conflict = parse_conflict(entity, closed.reply_text)
         if conflict is not None:
-            self._conflicts.append(telling(self._differences(conflict)))
+            self._note_conflicts(entity, self._differences(conflict))
         elif closed.reply_code == 405:  # RESOURCE_LOCKED
             self._conflicts.append([Conflict(entity, "exclusive", declared="false", live="true")])
         else:
             self._invalid.append(f"{entity.origin or entity.name}: the broker refuses it: {closed.reply_text}")
+
+    def _note_conflicts(self, entity: Exchange | Queue, found: list[Conflict]) -> None:
+        defaults = entity.defaults if isinstance(entity, Queue) else frozenset()
+        serious = [conflict for conflict in found if conflict.argument not in defaults]
+        if serious:
+            self._conflicts.append(telling(serious))
+            return
+        for conflict in found:
+            logger.info("queue %r has %s=%s; taken as it is", entity.name, conflict.argument, conflict.live)
 
     def _differences(self, first: Conflict) -> list[Conflict]:
         """All arguments that differ. The broker names one an answer, so ask on with its live values until it agrees.
@@ -290,7 +359,6 @@ def _more_permissions(entity: Exchange | Queue) -> str:
 
 
 def _send_declare(channel: BlockingChannel, entity: Exchange | Queue) -> None:
-    arguments: dict[str, Any] = dict(entity.arguments)
     if isinstance(entity, Exchange):
         channel.exchange_declare(
             entity.name,
@@ -298,7 +366,7 @@ def _send_declare(channel: BlockingChannel, entity: Exchange | Queue) -> None:
             durable=entity.durable,
             auto_delete=entity.auto_delete,
             internal=entity.internal,
-            arguments=arguments,
+            arguments=dict(entity.arguments),
         )
     else:
         channel.queue_declare(
@@ -306,7 +374,8 @@ def _send_declare(channel: BlockingChannel, entity: Exchange | Queue) -> None:
             durable=entity.durable,
             exclusive=entity.exclusive,
             auto_delete=entity.auto_delete,
-            arguments=arguments,
+            # pika's blocking connection keeps what the server said of itself to itself.
+            arguments=accepted_arguments(entity, channel.connection._impl.server_properties),
         )
 
 

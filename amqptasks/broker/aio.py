@@ -11,12 +11,15 @@ from typing import Any
 
 from amqptasks.broker import verdicts
 from amqptasks.broker.aio_connection import AioConnection, Attempt, SendAgain
+from amqptasks.broker.declarer import DELETED_PAUSE
 from amqptasks.broker.pending import RetryPolicy
 from amqptasks.broker.pending import retry_policy as policy_of
-from amqptasks.broker.wire import encode_properties
+from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config import BrokerSettings
-from amqptasks.errors import AccessRefused, AmqpTasksError, PublishError, SerializationError, Unroutable
+from amqptasks.errors import AccessRefused, AmqpTasksError, PublishError, SerializationError, Unroutable, Unwritable
+from amqptasks.ids import new_id
 from amqptasks.message import Envelope
+from amqptasks.protocol.signing import Keyring
 
 __all__ = ["AioPublisher"]
 
@@ -38,8 +41,10 @@ class AioPublisher:
         declare: Callable[[], None] | None = None,
         knows_route: Callable[[str, str | None], bool] | None = None,
         name: str = "amqptasks",
+        keys: Keyring | None = None,
     ) -> None:
         self._settings = settings
+        self._keys = keys
         self._declare = declare
         self._knows_route = knows_route
         self._name = f"{name}/asyncio publisher"
@@ -58,14 +63,16 @@ class AioPublisher:
         policy = self._policy
         if retry_policy or not retry:
             policy = policy_of(self._settings.publish_retry, retry_policy, retry=retry)
-        _check(envelope)
+        if self._keys is not None:
+            self._keys.sign(envelope)
+        properties = _encoded(envelope)
         loop = asyncio.get_running_loop()
         here = self._loops.get(loop)
         if here is None:
             here = self._loops[loop] = _OfLoop(AioConnection(self._settings, self._name))
         limit = self._settings.publish_timeout if timeout is None else timeout
         clock = asyncio.timeout(limit)
-        attempt = Attempt(envelope, clock)
+        attempt = Attempt(envelope, properties, clock)
         try:
             async with clock:
                 await self._publish(here, attempt, policy)
@@ -105,7 +112,7 @@ class AioPublisher:
         attempt.declared = cause
         attempt.error = error
         try:
-            await here.declare(self._declare)
+            await here.declare(self._declare, pause=0.0 if cause[1] is None else DELETED_PAUSE)
         except AmqpTasksError as problem:
             raise error from problem
 
@@ -124,27 +131,32 @@ class _OfLoop:
         self._declaring: asyncio.Task[None] | None = None
         self._declared_at: float | None = None
 
-    async def declare(self, declare: Callable[[], None]) -> None:
-        """Declare in a thread, at most every 5 s; all who need it wait for one declaration."""
+    async def declare(self, declare: Callable[[], None], *, pause: float) -> None:
+        """Declare in a thread after `pause` seconds, at most every 5 s; all who need it wait for one declaration."""
         if self._declared_at is not None and time.monotonic() - self._declared_at < _DECLARE_PAUSE:
             return
         if self._declaring is None:
-            self._declaring = asyncio.create_task(self._run(declare))
+            self._declaring = asyncio.create_task(self._run(declare, pause))
             self._declaring.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.shield(self._declaring)
 
-    async def _run(self, declare: Callable[[], None]) -> None:
+    async def _run(self, declare: Callable[[], None], pause: float) -> None:
         try:
+            await asyncio.sleep(pause)
             await asyncio.to_thread(declare)
             self._declared_at = time.monotonic()
         finally:
             self._declaring = None
 
 
-def _check(envelope: Envelope) -> None:
-    """What cannot be written is told in the words of `Publisher`, before anything is sent."""
+def _encoded(envelope: Envelope) -> EncodedProperties:
+    """Its properties. What cannot be written is told in the words of `Publisher`, before anything is sent."""
     problem = verdicts.too_long(envelope)
     if problem is not None:
         raise SerializationError(problem)
-    if len(encode_properties(envelope).encode()[0]) > _HEADER_ROOM:
-        raise PublishError(f"the message's headers do not fit a frame of {_HEADER_ROOM} bytes")
+    if envelope.message_id is None:
+        envelope.message_id = new_id()  # a message that comes back is known by it
+    properties = encode_properties(envelope)
+    if len(properties.data) > _HEADER_ROOM:
+        raise Unwritable(f"the message's headers do not fit a frame of {_HEADER_ROOM} bytes")
+    return properties

@@ -18,8 +18,10 @@ from typing import Any
 
 from amqptasks.broker import verdicts
 from amqptasks.broker.failures import translate
+from amqptasks.broker.flight import fitting_properties
 from amqptasks.broker.parameters import aio_url, connection_parameters, node_name
-from amqptasks.broker.versions import fitting_priority, two_priority_levels
+from amqptasks.broker.versions import two_priority_levels
+from amqptasks.broker.wire import EncodedProperties
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import AccessRefused, BrokerError, BrokerUnreachable, PublishError, Unroutable
 from amqptasks.message import Envelope
@@ -40,6 +42,7 @@ class Attempt:
     """One message on its way, and what is known of it when its deadline cuts it short."""
 
     envelope: Envelope
+    properties: EncodedProperties
     clock: asyncio.Timeout
     since: float = field(default_factory=time.monotonic)
     sent: bool = False
@@ -76,9 +79,10 @@ class AioConnection:
         self._parameters = connection_parameters(settings, name)
         random.shuffle(self._parameters)
         self._aio: Any = None
-        self._errors: Any = None
         self._connection: Any = None
         self._flight: _Flight | None = None
+        #: When a channel was asked for, while the broker has answered to none since.
+        self._asked_at: float | None = None
         #: Exchanges that were seen to exist, on this connection.
         self._exchanges: set[str] = set()
         self._opening = asyncio.Lock()
@@ -102,8 +106,7 @@ class AioConnection:
         try:
             if self._aio is None:
                 # Heavy: only who awaits pays for it, and the loop turns meanwhile.
-                self._errors = await asyncio.to_thread(importlib.import_module, "aiormq.exceptions")
-                self._aio = await asyncio.to_thread(importlib.import_module, "aio_pika")
+                self._aio = await asyncio.to_thread(importlib.import_module, "amqptasks.broker.aio_wire")
             if attempt.suspect:
                 async with self._alone:
                     await self._send(await self._open_flight(), attempt)
@@ -121,14 +124,19 @@ class AioConnection:
     # -- one message ----------------------------------------------------------------------------------------------
 
     async def _send(self, flight: _Flight, attempt: Attempt) -> None:
-        envelope, errors = attempt.envelope, self._errors
+        envelope, aio, errors = attempt.envelope, self._aio, self._aio.errors
+        properties = fitting_properties(envelope, attempt.properties, two_levels=flight.two_levels)
         flight.count += 1
         attempt.sent = True
         try:
-            exchange = flight.channel.default_exchange
-            if envelope.exchange:
-                exchange = await flight.channel.get_exchange(envelope.exchange, ensure=False)
-            await exchange.publish(self._message(envelope, flight), envelope.routing_key, mandatory=envelope.mandatory)
+            channel = await flight.channel.get_underlay_channel()
+            await channel.basic_publish(
+                envelope.body,
+                exchange=envelope.exchange,
+                routing_key=envelope.routing_key,
+                properties=aio.Written(properties, envelope.message_id),
+                mandatory=envelope.mandatory,
+            )
         except errors.PublishError as error:
             text = getattr(getattr(error.message, "delivery", None), "reply_text", "") or "NO_ROUTE"
             raise verdicts.unroutable(envelope, text) from None
@@ -160,7 +168,7 @@ class AioConnection:
         return verdict or verdicts.refused(attempt.envelope, text)
 
     def _reason(self, error: Exception) -> tuple[int, str]:
-        names = self._errors
+        names = self._aio.errors
         codes = {
             names.ChannelAccessRefused: 403,
             names.ChannelNotFoundEntity: 404,
@@ -179,28 +187,13 @@ class AioConnection:
             flight.casualties = flight.count
         if not self._connected:
             self._forget_connection()
-        if isinstance(error, self._errors.ChannelInvalidStateError):
+        if isinstance(error, self._aio.errors.ChannelInvalidStateError):
             return SendAgain()
         if flight.casualties > 1:
             # aiormq goes on writing to a channel that the broker has closed, and loses the connection over it (504).
             attempt.suspect = True
         self.last_error = translate(error, self._parameters[0])
         return verdicts.lost(self.last_error, sent=attempt.sent)
-
-    def _message(self, envelope: Envelope, flight: _Flight) -> Any:
-        return self._aio.Message(
-            envelope.body,
-            headers=envelope.headers,
-            content_type=envelope.content_type,
-            content_encoding=envelope.content_encoding,
-            delivery_mode=envelope.delivery_mode,
-            priority=fitting_priority(envelope) if flight.two_levels else envelope.priority,
-            correlation_id=envelope.correlation_id,
-            reply_to=envelope.reply_to,
-            # aio-pika counts in seconds and writes AMQP's milliseconds.
-            expiration=None if envelope.expiration is None else int(envelope.expiration) / 1000,
-            message_id=envelope.message_id,
-        )
 
     # -- channel, connection --------------------------------------------------------------------------------------
 
@@ -221,21 +214,28 @@ class AioConnection:
         return flight
 
     async def _open_flight(self) -> _Flight:
-        if not self._connected:
+        patience, now = self._settings.connection_timeout, time.monotonic()
+        # Who has less time than that cannot wait for the answer, but the next caller need not wait for it again.
+        silent = self._asked_at is not None and now - self._asked_at > patience and not self.blocked
+        if silent or not self._connected:
             self._forget_connection()
             await asyncio.shield(self._tasks.get("connect") or self._share("connect", self._connect()))
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
         try:
-            channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            async with asyncio.timeout(None if self.blocked else patience):
+                channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
+            self._asked_at = None
             server = self._connection.transport.connection.server_properties
             return _Flight(channel, two_levels=two_priority_levels(server))
-        except (self._errors.AMQPError, OSError, RuntimeError, AttributeError) as error:
+        except (self._aio.errors.AMQPError, OSError, RuntimeError, AttributeError) as error:
             self._forget_connection()
             self.last_error = translate(error, self._parameters[0])
             raise verdicts.lost(self.last_error, sent=False) from self.last_error
 
     async def _look_for(self, exchange: str, attempt: Attempt) -> None:
         """See that the exchange exists, on a channel of its own: a publish without it closes the channel for all."""
-        errors = self._errors
+        errors = self._aio.errors
         try:
             channel = (await self._open_flight()).channel
             await channel.get_exchange(exchange, ensure=True)
@@ -256,13 +256,8 @@ class AioConnection:
         for _ in range(len(self._parameters)):
             parameters = self._parameters[0]
             try:
-                self._connection = await self._aio.connect(
-                    aio_url(parameters),
-                    timeout=self._settings.connection_timeout,
-                    ssl_context=parameters.ssl_options.context if parameters.ssl_options is not None else None,
-                    client_properties={"connection_name": self._name},
-                )
-            except (self._errors.AMQPError, OSError, RuntimeError) as error:
+                self._connection = await self._open(parameters)
+            except (self._aio.errors.AMQPError, OSError, RuntimeError) as error:
                 self.last_error = translate(error, parameters)
                 failures.append(self.last_error)
                 self._parameters.append(self._parameters.pop(0))
@@ -270,6 +265,20 @@ class AioConnection:
                 return
         known = [one for one in failures if isinstance(one, AccessRefused)] or failures
         raise verdicts.lost(known[0], sent=False)
+
+    async def _open(self, parameters: Any) -> Any:
+        connection = self._aio.Connection(
+            self._aio.make_url(aio_url(parameters)),
+            ssl_context=parameters.ssl_options.context if parameters.ssl_options is not None else None,
+            client_properties={"connection_name": self._name},
+        )
+        try:
+            await connection.connect(timeout=self._settings.connection_timeout)
+        except BaseException:
+            # Else its finalizer wants to, and complains when no loop runs by then.
+            await connection.close()
+            raise
+        return connection
 
     def _forget_flight(self, flight: _Flight) -> None:
         if flight is self._flight:
@@ -279,6 +288,7 @@ class AioConnection:
 
     def _forget_connection(self) -> None:
         connection, self._connection, self._flight = self._connection, None, None
+        self._asked_at = None
         self._exchanges.clear()
         self._blocked_since = None
         if connection is not None:

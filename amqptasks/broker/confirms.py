@@ -12,36 +12,26 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from pika.channel import Channel
-from pika.exceptions import ChannelClosedByBroker, ChannelWrongStateError, ConnectionWrongStateError
+from pika.exceptions import ChannelClosedByBroker
 
 from amqptasks.broker import verdicts
 from amqptasks.broker.deadlines import Deadlines
+from amqptasks.broker.declarer import DELETED_PAUSE, TopologyDeclarer
 from amqptasks.broker.flight import Flight
 from amqptasks.broker.link import Link
 from amqptasks.broker.pending import REPLY, Pending
+from amqptasks.broker.silence import Silence
 from amqptasks.broker.wire import EncodedProperties
 from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerError, PublishError, Unroutable
 from amqptasks.message import Envelope
 
-__all__ = ["ConfirmChannel", "Declarer"]
+__all__ = ["ConfirmChannel"]
 
 #: At most so often a refused message brings a new channel.
 _RENEW_SECONDS = 0.5
-#: A node that owes confirms for so long, while so many deadlines passed, is left for the next one.
-_SILENCE_SECONDS, _SILENCE_DEADLINES = 5.0, 3
-
-
-class Declarer(Protocol):
-    """Declares the topology when something of it turns out to be missing."""
-
-    def knows(self, exchange: str, routing_key: str | None) -> bool:
-        """Whether exchange and routing key (None for any) belong to the topology."""
-
-    def declare(self, then: Callable[[AmqpTasksError | None], None]) -> None:
-        """Declare, without blocking; `then` is called on the loop's thread, with what went wrong."""
 
 
 class ConfirmChannel:
@@ -60,7 +50,7 @@ class ConfirmChannel:
         *,
         window: int,
         blocked_timeout: float | None = None,
-        declarer: Declarer | None = None,
+        declarer: TopologyDeclarer | None = None,
         prepare: Callable[[Any, Callable[[], None]], None] | None = None,
     ) -> None:
         self._link = link
@@ -92,9 +82,16 @@ class ConfirmChannel:
             expire=self._expire,
             swept=self._swept,
         )
-        self._heard = 0.0
-        self._late_sweeps = 0
+        self._silence = Silence(
+            link.loop,
+            flights=self._flights,
+            opening=lambda: self._connection is not None and self._flight is None,
+            blocked=lambda: link.blocked_since is not None,
+            again=self._sent_for_nothing,
+            leave=link.give_up,
+        )
         self._last_error: BrokerError | None = None
+        self.observe: Callable[[list[Pending], bool], None] | None = None
         link.watch(self._up, self._down)
         link.on_blocked = self._deadlines.plan_blocked
         link.on_unblocked = self._pump
@@ -122,6 +119,11 @@ class ConfirmChannel:
         """Whether nothing waits and nothing is unconfirmed."""
         return all(one.done is None for one in self.waiting())
 
+    @property
+    def full(self) -> bool:
+        """Whether as many wait to be sent as may be unconfirmed."""
+        return len(self._queue) >= self._window
+
     def fail_all(self, reason: str, *others: Pending) -> None:
         """Nothing more will be published: say so to everybody who waits, and to these others."""
         for pending in [*self.waiting(), *others]:
@@ -143,7 +145,7 @@ class ConfirmChannel:
 
     def _up(self, connection: Any) -> None:
         self._connection = connection
-        self._heard, self._late_sweeps = time.monotonic(), 0
+        self._silence.begin()
         self._next_count.clear()
         self._opening = False
         if self._prepare is None:
@@ -159,10 +161,12 @@ class ConfirmChannel:
 
     def _opened(self, channel: Channel) -> None:
         self._fresh = flight = Flight(channel)
+        confirms = channel.connection.inflow.confirms
+        confirms[channel.channel_number] = lambda tag, multiple: self._confirmed(flight, tag, multiple)
         channel.add_on_close_callback(lambda _channel, reason: self._closed(flight, reason))
         channel.add_on_return_callback(lambda _channel, method, props, _body: flight.returned(method, props))
         channel.confirm_delivery(
-            ack_nack_callback=lambda frame: self._confirmed(flight, frame.method),
+            ack_nack_callback=lambda frame: self._answered(flight, frame.method),
             callback=lambda _frame: self._use(flight),
         )
 
@@ -184,8 +188,9 @@ class ConfirmChannel:
         self._connection = None
         self._opening, self._fresh = False, None
         self._last_error = error
-        for flight in reversed(self._flights()):
-            self._send_again(flight.unconfirmed.values())
+        # Once each: a message may be on its way on two channels.
+        self._send_again(list(dict.fromkeys(one for flight in self._flights() for one in flight.unconfirmed.values())))
+        for flight in self._flights():
             flight.unconfirmed = {}
         self._leaving.clear()
         self._flight = None
@@ -219,7 +224,16 @@ class ConfirmChannel:
     def _send_again(self, again: Any) -> None:
         self._queue.extendleft(reversed([pending for pending in again if pending.done is not None]))
 
+    def _sent_for_nothing(self, again: list[Pending], renew: bool) -> None:
+        self._send_again(again)
+        if renew and self._flight is not None:
+            self._leaving.append(self._flight)
+            self._flight = None
+            self._open_channel()
+        self._pump()
+
     def _closed(self, flight: Flight, reason: Exception) -> None:
+        flight.channel.connection.inflow.forget(flight.channel.channel_number)
         unconfirmed, flight.unconfirmed = flight.unconfirmed, {}
         current = flight is self._flight
         if current:
@@ -231,6 +245,7 @@ class ConfirmChannel:
             return
         self._find_culprit([one for one in unconfirmed.values() if one.done is not None], reason)
         if current:
+            self._silence.begin()
             self._open_channel()
         elif flight is self._fresh:  # closed before it could be used
             self._opening, self._fresh = False, None
@@ -274,7 +289,6 @@ class ConfirmChannel:
             flight.alone = False
         if self._suspects:
             window = 1
-        publish, channel, room = flight.channel.basic_publish, flight.channel, flight.room
         while queue and len(unconfirmed) < window:
             pending = queue.popleft()
             if self._suspects:
@@ -283,31 +297,24 @@ class ConfirmChannel:
             if pending.done is None:
                 continue
             if not unconfirmed:
-                self._heard = time.monotonic()
-            envelope, properties = pending.envelope, flight.properties(pending)
-            if len(properties.encode()[0]) > room:
-                self._finish(pending, PublishError(f"the message's headers do not fit a frame of {room} bytes"))
-                continue
+                self._silence.begin()
             try:
-                publish(envelope.exchange, envelope.routing_key, envelope.body, properties, envelope.mandatory)
-            except (ChannelWrongStateError, ConnectionWrongStateError):
-                queue.appendleft(pending)
-                return
-            except Exception as error:  # what cannot be written: nothing of it was
-                self._finish(pending, _because(PublishError(f"the message cannot be written: {error}"), error))
-                continue
-            flight.tag += 1
-            unconfirmed[flight.tag] = pending
-            pending.sent, pending.returned = True, None
-            if not channel.is_open:
-                return
+                flight.add(pending)
+            except PublishError as error:
+                self._finish(pending, error)
+        flight.write()
 
     # -- in -------------------------------------------------------------------------------------------------------
 
-    def _confirmed(self, flight: Flight, method: Any) -> None:
-        self._heard, self._late_sweeps = time.monotonic(), 0
-        done = flight.settled(method)
-        if method.NAME == "Basic.Nack":
+    def _answered(self, flight: Flight, method: Any) -> None:
+        self._confirmed(flight, method.delivery_tag, method.multiple, refused=method.NAME == "Basic.Nack")
+
+    def _confirmed(self, flight: Flight, tag: int, multiple: bool, *, refused: bool = False) -> None:
+        self._silence.heard_at = time.monotonic()
+        done = flight.settled(tag, multiple)
+        if self.observe is not None:
+            self.observe(done, refused)
+        if refused:
             self._nacked(flight, done)
         else:
             for pending in done:
@@ -331,7 +338,7 @@ class ConfirmChannel:
         running = bool(self._declaring)
         self._declaring[pending] = error
         if not running:
-            declarer.declare(self._declared)
+            declarer.declare(self._declared, pause=0.0 if routing_key is None else DELETED_PAUSE)
 
     def _declared(self, problem: AmqpTasksError | None) -> None:
         waiting, self._declaring = self._declaring, {}
@@ -383,11 +390,7 @@ class ConfirmChannel:
             self._queue.popleft()
         self._next_count = {one: due for one, due in self._next_count.items() if one.done is not None}
         if expired and self._connection is not None and self._link.blocked_since is None:
-            self._late_sweeps += 1
-            silence = time.monotonic() - self._heard
-            if self._late_sweeps >= _SILENCE_DEADLINES and silence >= _SILENCE_SECONDS:
-                self._late_sweeps = 0
-                self._link.give_up(f"no confirm for {silence:.0f} s")
+            self._silence.deadlines_passed()
 
 
 def _because(error: PublishError, cause: BaseException | None) -> PublishError:

@@ -22,6 +22,8 @@ __all__ = ["KINDS", "Kind", "translate"]
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
 #: pika passes some exceptions on as the text of their representation.
 _QUOTED = re.compile(r"""^\w+: \((?:\d+\) )?(['"])(.*)\1""")
+#: How OpenSSL says that the other side ended the connection in the middle of things.
+_TLS_ENDED = re.compile(r"SSLEOFError|EOF occurred in violation")
 
 
 class Kind(Enum):
@@ -159,6 +161,12 @@ def _network(chain: list[object], node: str) -> BrokerUnreachable | None:
 
 def _said(chain: list[object], node: str) -> BrokerUnreachable:
     for one in chain:
+        if _TLS_ENDED.search(_text(one)):
+            # Its alert may say why, when we read before we write (TLS 1.3 has the client's certificate last).
+            return BrokerUnreachable(
+                f"{node}: the broker ended TLS at once ({_text(one)}). Does it want a client's certificate "
+                "(broker.tls.cert_file)? Is this the AMQP port?"
+            )
         if _kind(one) is Kind.PROTOCOL:
             return BrokerUnreachable(f"{node}: no AMQP 0-9-1 there ({_text(one)}). Is this the AMQP port?")
         if _kind(one) is Kind.CLOSED:

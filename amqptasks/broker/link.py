@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pika
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowAborted
+from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.exceptions import AMQPConnectionError
+from pika.frame import decode_frame
 
 from amqptasks.broker.failures import translate
+from amqptasks.broker.inflow import Inflow
 from amqptasks.broker.parameters import node_name
 from amqptasks.errors import BrokerError, BrokerUnreachable
 
@@ -23,11 +27,16 @@ __all__ = ["Link", "new_loop"]
 
 _PAUSE_FIRST, _PAUSE_MAX = 0.1, 5.0
 _STABLE_SECONDS = 60.0
+# A batch of messages.
+_READ_BYTES = 1 << 16
 
 
 def new_loop() -> IOLoop:
     """An I/O loop for links."""
-    return IOLoop()
+    loop = IOLoop()
+    # Held for each wake-up: a signal handler that publishes would wait for ever for the call that it interrupted.
+    loop._poller._waking_mutex = threading.RLock()
+    return loop
 
 
 class _Services(SelectorIOServicesAdapter):  # type: ignore[misc]  # pika's modules are untyped here
@@ -39,13 +48,54 @@ class _Services(SelectorIOServicesAdapter):  # type: ignore[misc]  # pika's modu
         self.connecting = sock
         return super().connect_socket(sock, resolved_addr, on_done)
 
+    def create_streaming_connection(self, *, on_done: Callable[[object], None], **named: Any) -> Any:
+        """As pika's, but a connection that was made and reset at once (a broker that starts, a load balancer) is an
+        attempt that failed: pika 1.4.4 raises ValueError through the loop, and the leader ended."""
+        try:
+            return super().create_streaming_connection(on_done=on_done, **named)
+        except (OSError, ValueError) as error:
+            failed = ConnectionResetError(str(error))
+            return self.call_later(0, lambda: on_done(failed))
+
 
 class _Connection(pika.SelectConnection):  # type: ignore[misc]  # pika's modules are untyped here
-    """pika's connection; it can also be closed while it connects, and be dropped without a goodbye.
+    """pika's connection; it reads fast, can be closed while it connects, and be dropped without a goodbye.
 
     pika 1.4.4 reports a close while connecting as an abort, takes the abort (a class, no instance) for a success, and
     ends the loop with an AssertionError.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._transport: Any
+        self._direct = False
+        self.inflow = Inflow(self._other_frame)
+        super().__init__(*arguments, **options)
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        self.bytes_received += self.inflow.feed(data_in)
+
+    def opened(self) -> None:
+        """Read more at a time, where pika asks the socket for 4 KiB until there is nothing; write at once."""
+        self._transport._MAX_RECV_BYTES = _READ_BYTES
+        if type(self._transport) is _AsyncPlaintextTransport:  # with TLS there may be more than the socket tells
+            self._transport._MAX_CONSUME_BYTES = 1
+            self._direct = True
+
+    def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
+        data = b"".join(marshaled_frames)
+        self.bytes_sent += len(data)
+        self.frames_sent += len(marshaled_frames)
+        transport = self._transport
+        if self._direct and transport._state == transport._STATE_ACTIVE and not transport.get_write_buffer_size():
+            # pika asks first whether the socket can be written to: three system calls more.
+            with contextlib.suppress(OSError):  # it is full; or broken, which the transport is told in its turn
+                data = data[transport._sock.send(data) :]
+        if data:
+            self._adapter_emit_data(data)
+
+    def _other_frame(self, frame: bytes) -> None:
+        _, decoded = decode_frame(frame)
+        self._process_frame(decoded)
 
     def _on_connection_workflow_done(self, conn_or_exc: Any) -> None:
         if conn_or_exc is AMQPConnectionWorkflowAborted or isinstance(conn_or_exc, AMQPConnectionWorkflowAborted):
@@ -98,6 +148,11 @@ class Link:
     def connection(self) -> Any:
         """The connection, be it open, opening or closing; None while there is none."""
         return self._connection
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait in this process for the broker to take them."""
+        return self._connection._get_write_buffer_size() if self._connection is not None else 0
 
     @property
     def round_over(self) -> bool:
@@ -182,6 +237,7 @@ class Link:
             return
         self._up_at = time.monotonic()
         self.blocked_since = None
+        connection.opened()
         connection.add_on_connection_blocked_callback(self._blocked)
         connection.add_on_connection_unblocked_callback(self._unblocked)
         for on_up, _ in self._watchers:

@@ -11,12 +11,9 @@ from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config.models import PublishRetrySettings
 from amqptasks.errors import AmqpTasksError, ConfigError, PublishError
 from amqptasks.message import Envelope
+from amqptasks.protocol.signing import Keyring
 
-__all__ = ["Declarer", "Pending", "RetryPolicy", "retry_policy"]
-
-#: Declares the topology when exchange and routing key (None for any) belong to it. Returns whether they do; raises
-#: `AmqpTasksError` when it cannot declare.
-Declarer = Callable[[str, str | None], bool]
+__all__ = ["Pending", "RetryPolicy", "retry_policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +97,13 @@ class Pending:
         self.retries += 1
         return True
 
-    def redirect(self, old: str, new: str) -> bool:
-        """Have its replies come to another queue. Whether they came to the old one."""
+    def redirect(self, old: str, new: str, keys: Keyring | None) -> bool:
+        """Have its replies come to another queue. Whether they came to the old one. It is signed anew with `keys`."""
         if self.done is None or self.envelope.reply_to != old:
             return False
         self.envelope.reply_to = new
+        if keys is not None:
+            keys.sign(self.envelope)
         self.properties = encode_properties(self.envelope)
         return True
 

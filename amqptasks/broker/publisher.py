@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from amqptasks.broker import verdicts
 from amqptasks.broker.confirms import ConfirmChannel
+from amqptasks.broker.declarer import TopologyDeclarer
 from amqptasks.broker.link import Link, new_loop
 from amqptasks.broker.parameters import connection_parameters
 from amqptasks.broker.pending import Pending
@@ -28,15 +29,15 @@ from amqptasks.broker.pending import retry_policy as policy_of
 from amqptasks.broker.replies import Replies
 from amqptasks.broker.wire import EncodedProperties, encode_properties
 from amqptasks.config import BrokerSettings
-from amqptasks.errors import AmqpTasksError, BrokerError, PublishError, PublishTimeout, SerializationError
+from amqptasks.errors import PublishError, PublishTimeout, SerializationError
 from amqptasks.message import Envelope
+from amqptasks.protocol.signing import Keyring
 
 __all__ = ["Publisher", "ReplyTo"]
 
 logger = logging.getLogger(__name__)
 #: After its deadline a caller gives the I/O thread so long to say what went wrong.
 _LAST_WORD = 0.25
-_DECLARE_PAUSE = 5.0
 _EXIT_SECONDS = 1.0
 #: Of the time to close, what the AMQP goodbye gets at least.
 _GOODBYE_SECONDS = 0.3
@@ -69,13 +70,15 @@ class _Io:
             self.link,
             window=settings.confirm_window,
             blocked_timeout=settings.blocked_timeout,
-            declarer=_Declarer(publisher, self.loop),
+            declarer=TopologyDeclarer(self.loop, publisher.declare, publisher.knows_route),
             prepare=None if self.replies is None else self.replies.open,
         )
         self.inbox: deque[Pending] = deque()
         #: Reply queues that were left: a call that is on its way from its thread may still name one.
         self._left_queues: list[str] = []
         self.scheduled = False
+        #: Threads that are waking the loop just now.
+        self._waking: set[int] = set()
         self.stopping = False
         #: Why nothing is published any more; None while the thread runs.
         self.ended: str | None = None
@@ -88,7 +91,7 @@ class _Io:
         kept = {
             one.envelope.correlation_id or ""
             for one in [*self.confirms.waiting(), *list(self.inbox)]
-            if one.redirect(old, new)
+            if one.redirect(old, new, self.publisher.keys)
         }
         if self.publisher.replies_to is not None:
             self.publisher.replies_to.on_moved(why, kept)
@@ -112,9 +115,15 @@ class _Io:
     def put(self, pending: Sequence[Pending]) -> None:
         """From any thread: publish these. One wake-up serves all that come before the loop turns."""
         self.inbox.extend(pending)
-        if not self.scheduled:
+        me = threading.get_ident()
+        # Is this a signal handler that interrupted its own thread here? The wake-up after the flag then comes too late.
+        interrupted = me in self._waking
+        if not self.scheduled or interrupted:
+            self._waking.add(me)
             self.scheduled = True
             self.loop.add_callback_threadsafe(self._take)
+            if not interrupted:
+                self._waking.discard(me)
 
     def _take(self) -> None:
         # First the flag, then the inbox: what comes in between schedules another turn, and is never left behind.
@@ -123,7 +132,7 @@ class _Io:
         taken = [inbox.popleft() for _ in range(len(inbox))]
         for old in self._left_queues:
             for one in taken:
-                one.redirect(old, self.publisher.reply_queue)
+                one.redirect(old, self.publisher.reply_queue, self.publisher.keys)
         if taken:
             self.confirms.submit(*taken)
 
@@ -152,40 +161,6 @@ class _Io:
             self.thread.join(max(0.0, deadline - time.monotonic()) + 0.1)
 
 
-class _Declarer:
-    """Declares the topology beside the I/O thread: a slow declaration must not hold up confirms and heartbeats."""
-
-    def __init__(self, publisher: Publisher, loop: Any) -> None:
-        self._publisher = publisher
-        self._loop = loop
-        self._declared_at: float | None = None
-
-    def knows(self, exchange: str, routing_key: str | None) -> bool:
-        """Whether the route belongs to the topology."""
-        knows_route = self._publisher.knows_route
-        return self._publisher.declare is not None and knows_route is not None and knows_route(exchange, routing_key)
-
-    def declare(self, then: Callable[[AmqpTasksError | None], None]) -> None:
-        """Declare, at most every 5 s, and call `then` on the loop's thread."""
-        if self._declared_at is not None and time.monotonic() - self._declared_at < _DECLARE_PAUSE:
-            self._loop.call_later(0, lambda: then(None))
-        else:
-            threading.Thread(target=self._run, args=(then,), name="amqptasks-declare", daemon=True).start()
-
-    def _run(self, then: Callable[[AmqpTasksError | None], None]) -> None:
-        problem: AmqpTasksError | None = None
-        try:
-            assert self._publisher.declare is not None
-            self._publisher.declare()
-            self._declared_at = time.monotonic()
-        except AmqpTasksError as error:
-            problem = error
-        except Exception as error:
-            logger.exception("The topology could not be declared")
-            problem = BrokerError(f"the topology could not be declared: {error!r}")
-        self._loop.add_callback_threadsafe(lambda: then(problem))
-
-
 class ReplyTo(NamedTuple):
     """Who gets the replies to this process.
 
@@ -201,7 +176,9 @@ class ReplyTo(NamedTuple):
 
 
 class Publisher:
-    """Publishes with confirms. Thread-safe, and safe after `os.fork` (gunicorn, uwsgi): a child starts anew.
+    """Publishes with confirms. Thread-safe, and safe after `os.fork`: a child starts anew.
+
+    So it is under gunicorn, and under uWSGI with `py-call-uwsgi-fork-hooks`, without which no hook of Python's runs.
 
     Args:
         settings: the broker section.
@@ -209,6 +186,7 @@ class Publisher:
         knows_route: whether exchange and routing key (None for any) belong to that topology.
         name: the connection's name in the management UI.
         replies_to: gets the replies to this process; None when nobody wants any.
+        keys: sign what is published; None where nothing is signed.
     """
 
     def __init__(
@@ -219,8 +197,10 @@ class Publisher:
         knows_route: Callable[[str, str | None], bool] | None = None,
         name: str = "amqptasks",
         replies_to: ReplyTo | None = None,
+        keys: Keyring | None = None,
     ) -> None:
         self.settings = settings
+        self.keys = keys
         self.name = f"{name}/publisher"
         self.replies_to = replies_to
         self._reply_queue: str | None = None
@@ -230,6 +210,7 @@ class Publisher:
         self._policy = policy_of(settings.publish_retry, None, retry=True)
         self._lock = threading.RLock()
         self._io: _Io | None = None
+        self._starting = False
         _publishers.add(self)
 
     def publish(
@@ -256,14 +237,17 @@ class Publisher:
         if error is not None:
             raise error
 
-    def publish_many(self, envelopes: Sequence[Envelope], *, timeout: float | None = None) -> list[PublishError | None]:
+    def publish_many(
+        self, envelopes: Sequence[Envelope], *, timeout: float | None = None, sign: bool = True
+    ) -> list[PublishError | None]:
         """Publish many with one wait for all confirms. Returns None or the error, for each in order.
 
-        The default deadline grows with their number: a slow broker is no failure while confirms come in.
+        The default deadline grows with their number: a slow broker is no failure while confirms come in. Copies of
+        messages that others wrote are published with `sign` False: whoever signs vouches for what it says.
         """
         if timeout is None:
             timeout = self.settings.publish_timeout + len(envelopes) / 500
-        return self._publish(envelopes, timeout, True, None)
+        return self._publish(envelopes, timeout, True, None, sign=sign)
 
     def _publish(
         self,
@@ -271,6 +255,8 @@ class Publisher:
         timeout: float | None,
         retry: bool,
         given: Mapping[str, Any] | None,
+        *,
+        sign: bool = True,
     ) -> list[PublishError | None]:
         policy = self._policy if retry and not given else policy_of(self.settings.publish_retry, given, retry=retry)
         deadline = time.monotonic() + (self.settings.publish_timeout if timeout is None else timeout)
@@ -291,6 +277,9 @@ class Publisher:
 
             return done
 
+        if self.keys is not None and sign:
+            for envelope in envelopes:
+                self.keys.sign(envelope)
         # All are encoded before the first is sent: one that cannot be written must not leave half of them published.
         pending = [
             Pending(envelope, _encoded(envelope), finished(index), deadline=deadline, policy=policy)
@@ -330,6 +319,11 @@ class Publisher:
         with self._lock:
             return self.reply_queue, self._name_reply_queue()
 
+    def on_link(self, do: Callable[[Link], object]) -> None:
+        """Have the I/O thread do something with its connection, soon."""
+        io = self._running()
+        io.loop.add_callback_threadsafe(lambda: do(io.link))
+
     @property
     def replies_ready(self) -> bool:
         """Whether the reply queue exists."""
@@ -342,9 +336,18 @@ class Publisher:
             return io
         with self._lock:
             if self._io is None or self._io.stopping:
-                started = _Io(self)
-                started.thread.start()
-                self._io = started
+                if self._starting:
+                    raise PublishError(
+                        "called in a signal handler that interrupted the first publish of this process, before there "
+                        "was a connection: publish once before, or leave it to the main program"
+                    )
+                self._starting = True
+                try:
+                    started = _Io(self)
+                    started.thread.start()
+                    self._io = started
+                finally:
+                    self._starting = False
             return self._io
 
     def close(self, timeout: float = _EXIT_SECONDS) -> None:
@@ -358,6 +361,7 @@ class Publisher:
         """In a forked child: the connection is the parent's, and so is what waits for its confirms."""
         io, self._io = self._io, None
         self._lock = threading.RLock()
+        self._starting = False
         self._reply_queue = None
         if io is not None:
             # The rest is kept, so that no collector closes descriptors whose numbers are used anew.
@@ -366,12 +370,13 @@ class Publisher:
 
 
 def _encoded(envelope: Envelope) -> EncodedProperties:
-    problem = verdicts.too_long(envelope)
-    if problem is not None:
+    if len(envelope.exchange) + len(envelope.routing_key) > _SHORT and (problem := verdicts.too_long(envelope)):
         raise SerializationError(problem)
     return encode_properties(envelope)
 
 
+#: So many characters have at most 255 bytes.
+_SHORT = 63
 _publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
 _abandoned: list[_Io] = []
 

@@ -9,6 +9,7 @@ from amqptasks.errors import (
     BrokerBlocked,
     BrokerError,
     BrokerUnreachable,
+    MessageTooLarge,
     Nacked,
     PublishError,
     PublishTimeout,
@@ -45,7 +46,7 @@ def blame(envelope: Envelope, code: int, text: str) -> PublishError | None:
         return error
     if sizes is not None and len(envelope.body) > int(sizes[2]):
         size = len(envelope.body)
-        return PublishError(f"the message has {size} bytes; the broker's limit is {sizes[2]} (max_message_size)")
+        return MessageTooLarge(f"the message has {size} bytes; the broker's limit is {sizes[2]} (max_message_size)")
     return None
 
 

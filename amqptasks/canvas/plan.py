@@ -13,9 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from amqptasks.canvas.stamps import united
 from amqptasks.canvas.types import Signature, as_list, chain, chord, chunks, from_dict, group, xmap
 
-__all__ = ["COLLECT", "JOIN", "Handle", "Part", "casualties", "expand", "freeze", "normal", "part_of", "replaced"]
+__all__ = [
+    "COLLECT",
+    "JOIN",
+    "Handle",
+    "Part",
+    "bodies",
+    "casualties",
+    "expand",
+    "freeze",
+    "normal",
+    "part_of",
+    "replaced",
+]
 
 #: A task that returns the list it is given: the body of a group whose results are one result.
 COLLECT = "celery.accumulate"
@@ -25,7 +38,7 @@ JOIN = "join"
 #: Celery's tuple form: ``((id, parent), None)`` for a task, ``((id, parent), [children])`` for a group.
 Handle = tuple[tuple[str, Any], list[Any] | None]
 
-#: Options of a composed signature that belong to one end of it, or to all of it.
+#: Options of a composed signature that belong to its beginning, and to its end.
 _FIRST = ("countdown", "eta")
 _LAST = ("task_id", "link", "chain", "chord", "group_id", "group_index")
 
@@ -63,9 +76,7 @@ def _normal_chain(one: chain) -> Signature:
         else:
             tail.insert(0, member)
     first, last = tail[0], tail[-1]
-    for name in _FIRST:
-        if name in one.options:
-            first.options.setdefault(name, one.options[name])
+    _delay(one, first)
     _take(last, {name: one.options[name] for name in _LAST if name in one.options})
     if len(tail) == 1:
         return first
@@ -94,6 +105,7 @@ def _normal_group(one: group) -> group:
     for callback in as_list(one.options.pop("link", None)):
         if members:
             _end(members[0]).link(callback)
+    _delay(one, *members)
     one.tasks, one.args, one.kwargs = tuple(members), (), {}
     return one
 
@@ -112,11 +124,9 @@ def _normal_chord(one: chord) -> Signature:
     _take(body, {name: one.options.pop(name) for name in _LAST if name in one.options})
     header = _normal_group(header)
     if not header.tasks:
+        _delay(one, body)
         return normal(body.clone(([],)))
-    for name in _FIRST:
-        if name in one.options:
-            for task in header.tasks:
-                _begin(task).options.setdefault(name, one.options[name])
+    _delay(one, *header.tasks)
     header.tasks = tuple(_closed(task) for task in header.tasks)
     one.header, one.body, one.args, one.kwargs = header, body, (), {}
     return one
@@ -145,9 +155,12 @@ def _collect(like: Signature) -> Signature:
 def _spread(whole: Signature, parts: Sequence[Signature]) -> None:
     """Options of the whole are those of its parts, where they have none of their own."""
     common = {k: v for k, v in whole.options.items() if k not in (*_FIRST, *_LAST, "link_error")}
+    stamped = common.pop("stamped_headers", None)
     for part in parts:
         for name, value in common.items():
             part.options.setdefault(name, value)
+        if stamped:
+            part.options["stamped_headers"] = united(part.options.get("stamped_headers"), stamped)
         for errback in as_list(whole.options.get("link_error")):
             part.link_error(errback)
 
@@ -166,12 +179,33 @@ def _take(end: Signature, options: Mapping[str, Any]) -> None:
             _end(end).options[name] = value
 
 
-def _begin(signature: Signature) -> Signature:
-    if isinstance(signature, chain | group) and signature.tasks:
-        return _begin(signature.tasks[0])
-    if isinstance(signature, chord) and signature.header.tasks:
-        return _begin(signature.header.tasks[0])
-    return signature
+def bodies(signature: Signature) -> Iterator[Signature]:
+    """The tasks that chords' bodies begin with, of all chords in a signature in normal form."""
+    for one in signature.walk():
+        if isinstance(one, chord) and one.body is not None:
+            yield from _begins(one.body)
+
+
+def _delay(whole: Signature, *parts: Signature) -> None:
+    """The time of the whole is that of all tasks that are sent first, where they say none of their own."""
+    when = {name: whole.options.pop(name) for name in _FIRST if name in whole.options}
+    if when:
+        for one in (begin for part in parts for begin in _begins(part)):
+            if not any(one.options.get(name) is not None for name in _FIRST):
+                one.options.update(when)
+
+
+def _begins(signature: Signature) -> Iterator[Signature]:
+    """The tasks that are sent first."""
+    if isinstance(signature, chain):
+        yield from _begins(signature.tasks[0])
+    elif isinstance(signature, group):
+        for one in signature.tasks:
+            yield from _begins(one)
+    elif isinstance(signature, chord):
+        yield from _begins(signature.header)
+    else:
+        yield signature
 
 
 def _end(signature: Signature) -> Signature:

@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import islice
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
-__all__ = ["Sender", "Signature", "chain", "chord", "chunks", "from_dict", "group", "signature", "starmap", "xmap"]
+from amqptasks.canvas.sender import Sender
+from amqptasks.canvas.stamps import Stampable
 
-
-class Sender(Protocol):
-    """What can send a signature: the app."""
-
-    def apply_signature(self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Publish the call, with these arguments in front, and return its handle."""
-
-    async def aapply_signature(self, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """`apply_signature` for asyncio."""
+__all__ = ["Signature", "chain", "chord", "chunks", "from_dict", "group", "signature", "starmap", "xmap"]
 
 
-class Signature:
+class Signature(Stampable):
     """A task's name, its arguments and its options: a value that can be stored, changed, put together and sent."""
 
     #: Celery's name of the kind; None for a plain task.
@@ -143,6 +136,10 @@ class Signature:
         """This signature and those inside it."""
         yield self
 
+    def linked(self, name: str) -> list[Signature]:
+        """The signatures under ``link`` or ``link_error``."""
+        return as_list(self.options.get(name))
+
     # -- as data --------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +161,10 @@ class _Composed(Signature):
     """A signature of several others."""
 
     tasks: tuple[Signature, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Send it now, as `delay`: ``chain(…)()``, ``workflow()``."""
+        return self.apply_async(args, kwargs)
 
     def _copy(self) -> Self:
         made = super()._copy()
@@ -286,6 +287,10 @@ class chunks(Signature):
             "celery.chunks", kwargs={"task": task, "it": list(it), "n": n}, options=options, sender=task.sender
         )
         self.immutable = True
+
+    def __call__(self) -> Any:
+        """Send it now."""
+        return self.apply_async()
 
     def group(self) -> group:
         """The group of `starmap`s that this stands for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 
@@ -11,16 +12,34 @@ import click
 from amqptasks import __version__
 from amqptasks.cli.context import CliContext
 from amqptasks.errors import AmqpTasksError, ConfigError
+from amqptasks.worker.arguments import take_arguments
 
 __all__ = ["cli", "main"]
 
 #: command -> (module, name in it, short help)
 _COMMANDS = {
     "worker": ("amqptasks.cli.worker_cmd", "worker_command", "Run tasks: one process group per queue."),
+    "beat": ("amqptasks.cli.beat_cmd", "beat_command", "Send periodic calls; of any number, one leads."),
+    "schedule": ("amqptasks.cli.schedule_cmd", "schedule_group", "Periodic calls: list, pause, resume, run now."),
     "call": ("amqptasks.cli.call_cmd", "call_command", "Call a task by name and print its id."),
     "result": ("amqptasks.cli.result_cmd", "result_command", "Show a task's result."),
+    "revoke": ("amqptasks.cli.revoke_cmd", "revoke_command", "Have tasks not run any more, wherever they wait."),
+    "inspect": ("amqptasks.cli.control_cmd", "inspect_command", "Ask running workers: active, reserved, stats …"),
+    "control": ("amqptasks.cli.control_cmd", "control_command", "Change running workers: limits, queues, shutdown."),
+    "queues": ("amqptasks.cli.queues_cmd", "queues_command", "Show what waits in the queues, who consumes, how fast."),
+    "purge": ("amqptasks.cli.purge_cmd", "purge_command", "Delete the messages that wait in queues."),
+    "status": ("amqptasks.cli.control_cmd", "status_command", "Show which workers answer."),
+    "dlq": ("amqptasks.cli.dlq_cmd", "dlq_group", "Dead letters: list, show, replay, edit, export, import, purge."),
+    "doctor": ("amqptasks.cli.doctor_cmd", "doctor_command", "Look for what is wrong with settings, app and broker."),
+    "events": ("amqptasks.cli.events_cmd", "events_command", "Show workers and tasks as they change."),
+    "report": ("amqptasks.cli.report_cmd", "report_command", "Print versions and settings, for a report of a problem."),
     "config": ("amqptasks.cli.config_cmd", "config_group", "Check, show or describe the configuration."),
-    "topology": ("amqptasks.cli.topology_cmd", "topology_group", "Exchanges, queues, permissions: show, apply."),
+    "import-celery": (
+        "amqptasks.cli.import_celery_cmd",
+        "import_celery_command",
+        "Write the YAML of a celeryconfig.py.",
+    ),
+    "topology": ("amqptasks.cli.topology_cmd", "topology_group", "Exchanges, queues: show, plan, apply, migrate."),
     "routes": ("amqptasks.cli.routes_cmd", "routes_group", "Show where a task would go, and why."),
 }
 
@@ -63,17 +82,16 @@ def cli(
 ) -> None:
     """RabbitMQ-first task platform: confirmed publishes, manual acks, dead letters that stay in sight."""
     if workdir is not None:
-        import os  # noqa: PLC0415 - only here
-
         os.chdir(workdir)
     ctx.obj = CliContext(app=app, config=config, broker=broker, verbose=verbose)
 
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 usage or bad configuration."""
-    verbose = "-v" in sys.argv[1:] or "--verbose" in sys.argv[1:]
+    arguments = take_arguments()
+    verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        code = cli.main(prog_name="amqptasks", standalone_mode=False)
+        code = cli.main(arguments, prog_name="amqptasks", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

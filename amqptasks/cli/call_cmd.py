@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import click
 
 from amqptasks.app import AmqpTasks
+from amqptasks.cli.arguments import json_of
 from amqptasks.cli.context import CliContext
 from amqptasks.cli.settings import load_app, load_cli_settings
 from amqptasks.cli.waiting import show_result, wait_for
 
 __all__ = ["call_command"]
-
-
-def _json(kind: type, what: str, text: str) -> Any:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise click.UsageError(f"{what} is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise click.UsageError(f"{what} must be a JSON {'list' if kind is list else 'object'}, not {text}")
-    return value
 
 
 @click.command(
@@ -61,8 +49,8 @@ def call_command(
         app.configure(config=obj.config, broker=obj.broker)
     result = app.send_task(
         name,
-        _json(list, "--args", args),
-        _json(dict, "--kwargs", kwargs),
+        json_of(list, "--args", args),
+        json_of(dict, "--kwargs", kwargs),
         countdown=countdown,
         expires=expires,
         queue=queue,

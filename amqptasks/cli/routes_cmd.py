@@ -14,6 +14,7 @@ from amqptasks.app import AmqpTasks
 from amqptasks.cli.context import CliContext
 from amqptasks.cli.settings import load_app, load_cli_settings
 from amqptasks.config import Settings
+from amqptasks.discovery import import_tasks
 from amqptasks.routing import RouteMatch, Router
 
 __all__ = ["routes_group"]
@@ -68,7 +69,7 @@ def test(obj: CliContext, name: str, as_json: bool) -> None:
 def _own(app: AmqpTasks | None, settings: Settings, name: str) -> _Own:
     own = _Own()
     if app is not None:
-        app.import_tasks()
+        import_tasks(app)
         task = app.tasks.get(name)
         if task is None:
             click.echo(f"note: {app.name} has no task called {name!r}; the settings alone decide", err=True)

@@ -3,6 +3,7 @@
 from amqptasks.config.loader import find_config, load_settings
 from amqptasks.config.masking import mask_url, masked_dump
 from amqptasks.config.models import (
+    AutoscaleSettings,
     BrokerSettings,
     LoggingSettings,
     QueueSettings,
@@ -10,10 +11,13 @@ from amqptasks.config.models import (
     SentrySettings,
     Settings,
     TaskSettings,
+    WorkerSettings,
 )
+from amqptasks.config.report import problem_report
 from amqptasks.config.schema import settings_schema
 
 __all__ = [
+    "AutoscaleSettings",
     "BrokerSettings",
     "LoggingSettings",
     "QueueSettings",
@@ -21,9 +25,11 @@ __all__ = [
     "SentrySettings",
     "Settings",
     "TaskSettings",
+    "WorkerSettings",
     "find_config",
     "load_settings",
     "mask_url",
     "masked_dump",
+    "problem_report",
     "settings_schema",
 ]

@@ -17,6 +17,8 @@ __all__ = [
     "BrokerSeconds",
     "Compression",
     "Count",
+    "HttpAddress",
+    "ManagementUrl",
     "PoolName",
     "PositiveSeconds",
     "Prefetch",
@@ -29,6 +31,7 @@ __all__ = [
     "Size",
     "TimeZone",
     "WholeSeconds",
+    "http_address",
 ]
 
 
@@ -50,6 +53,18 @@ def _amqp_url(value: str) -> str:
     return value
 
 
+def _management_url(value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise ValueError("the management API's URL begins with http:// or https://")
+    try:
+        host = urlsplit(value).hostname if urlsplit(value).port != 0 else None
+    except ValueError:
+        host = None
+    if not host:  # the text of the error may hold a piece of the password
+        raise ValueError("the URL's host or port cannot be read; write special characters in percent notation")
+    return value
+
+
 def _zone(value: str) -> str:
     try:
         ZoneInfo(value)
@@ -63,6 +78,17 @@ def _zone(value: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else ", such as Europe/Berlin"
         raise ValueError(f"{value!r} is no time zone{hint}") from None
     return value
+
+
+def http_address(value: object) -> str:
+    """``HOST:PORT`` in one way of writing. Raises `ValueError` with a sentence."""
+    text = str(value).strip()
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535) or ("]" in host) != (":" in host):
+        raise ValueError(
+            f"{text!r} is no address; write HOST:PORT, such as 127.0.0.1:9808 or [::1]:9808, or :9808 for all of them"
+        )
+    return f"{host}:{int(port)}"
 
 
 def _compiles(value: str) -> str:
@@ -89,7 +115,7 @@ def _backend(value: str) -> str:
 
 _DURATION_SCHEMA = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
 _SIZE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]})
-_RATE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}]})
+_RATE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
 _URLS_SCHEMA = WithJsonSchema(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 )
@@ -114,6 +140,8 @@ AmqpUrls = Annotated[
 ]
 RegularExpression = Annotated[str, AfterValidator(_compiles)]
 ResultBackend = Annotated[str, AfterValidator(_backend)]
+HttpAddress = Annotated[str, BeforeValidator(http_address)]
+ManagementUrl = Annotated[str, AfterValidator(_management_url)]
 TimeZone = Annotated[str, AfterValidator(_zone)]
 Prefetch = Annotated[int, Field(ge=1, le=65535)] | Literal["auto"]
 Serializer = Literal["json", "msgpack", "yaml", "pickle"]

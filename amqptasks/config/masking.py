@@ -14,7 +14,10 @@ __all__ = ["MASK", "looks_secret", "mask_url", "masked_dump"]
 MASK = "***"
 #: Up to the last @ of a URL: a password that was not percent-encoded may hold one.
 _PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^:/@\s]*:)(?:(?!://)\S)*(?=@)", re.IGNORECASE)
-_SECRET = re.compile(r"passw(?:or)?d|passphrase|secret|token|api_?key|private_?key|signing_?key|\bdsn\b", re.IGNORECASE)
+_SECRET = re.compile(
+    r"passw(?:or)?d|passphrase|secret|token|api_?key|private_?key|(?:signing|verification)_?keys?|\bdsn\b",
+    re.IGNORECASE,
+)
 _PARAMETER = re.compile(r"(?P<head>[?&][^=&\s]*=)[^&\s]+")
 
 
@@ -29,9 +32,9 @@ def looks_secret(name: object) -> bool:
     return isinstance(name, str) and _SECRET.search(name) is not None
 
 
-def masked_dump(settings: Settings) -> dict[str, Any]:
-    """The settings as plain values, without secrets."""
-    data: dict[str, Any] = _mask(settings.model_dump())
+def masked_dump(settings: Settings, *, defaults: bool = True) -> dict[str, Any]:
+    """The settings as plain values, without secrets. `defaults`: also those that nobody has set to something else."""
+    data: dict[str, Any] = _mask(settings.model_dump(exclude_defaults=not defaults))
     return data
 
 

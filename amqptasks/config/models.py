@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from amqptasks.config.fields import (
     AmqpUrls,
     BrokerSeconds,
     Compression,
     Count,
+    HttpAddress,
+    ManagementUrl,
     PoolName,
     PositiveSeconds,
     Prefetch,
@@ -28,8 +30,18 @@ from amqptasks.config.fields import (
     TimeZone,
     WholeSeconds,
 )
+from amqptasks.config.periodic import ScheduleSettings
+from amqptasks.config.sections import (
+    EventSettings,
+    LoggingSettings,
+    RevokeSettings,
+    SentrySettings,
+    TestingSettings,
+)
+from amqptasks.config.security import SecuritySettings
 
 __all__ = [
+    "AutoscaleSettings",
     "BindingSettings",
     "BrokerSettings",
     "DeadLetterSettings",
@@ -91,7 +103,9 @@ class BrokerSettings(_Model):
     url: AmqpUrls = Field(
         ("amqp://guest:guest@localhost:5672/",), description="AMQP URL, or a list of the cluster's nodes."
     )
-    management_url: str | None = Field(None, description="URL of the management API, with user and password. Optional.")
+    management_url: ManagementUrl | None = Field(
+        None, description="The management API, with user and password; port 15672, with https 443."
+    )
     tls: TlsSettings | None = Field(None, description="Certificates for `amqps://` URLs.")
     heartbeat: Annotated[WholeSeconds, Field(ge=1, le=3600)] = Field(30, description="AMQP heartbeat, whole seconds.")
     connection_timeout: PositiveSeconds = Field(5.0, description="Time for connecting to one node.")
@@ -135,6 +149,19 @@ class DeadLetterSettings(_Model):
     type: Literal["quorum", "classic"] = Field("quorum", description="The dead-letter queue's type.")
 
 
+class AutoscaleSettings(_Model):
+    """Bounds of a pool that follows the work: it grows with a backlog, and shrinks after half a minute without."""
+
+    max: Count = Field(description="Most tasks at once.")
+    min: Count = Field(1, description="Fewest tasks at once.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class QueueSettings(_Model):
     """A queue that holds work. Quorum unless `max_priority` or `type` says otherwise."""
 
@@ -155,18 +182,26 @@ class QueueSettings(_Model):
         None, description="The queue is deleted when unused for so long."
     )
     durable: bool = Field(True, description="Survives a restart of the broker (classic queues only can be false).")
-    consumer_timeout: PositiveSeconds | None = Field(
-        None, description="Time for an acknowledgement (quorum; RabbitMQ 3.12+)."
+    consumer_timeout: Annotated[BrokerSeconds, Field(gt=0)] | None = Field(
+        2_592_000.0, description="Longest time for one task before the broker takes it back (RabbitMQ 3.12+)."
     )
     bindings: tuple[BindingSettings, ...] = Field((), description="Bindings to exchanges of your own.")
     arguments: Mapping[str, Any] = Field(default_factory=dict, description="More arguments of queue.declare.")
     dead_letter: DeadLetterSettings = Field(default_factory=DeadLetterSettings, description="The dead-letter queue.")
     concurrency: Count | None = Field(None, description="Tasks at once in one worker.")
-    pool: PoolName | None = Field(None, description="How executors run tasks: process, asyncio or solo.")
-    processes: Count | None = Field(None, description="Executor processes of an asyncio pool.")
+    pool: PoolName | None = Field(
+        None, description="How executors run tasks: process, thread, asyncio, gevent or solo."
+    )
+    processes: Count | None = Field(None, description="Executor processes of a thread, asyncio or gevent pool.")
+    autoscale: AutoscaleSettings | None = Field(None, description="Bounds between which the pool follows the work.")
     prefetch: Prefetch | None = Field(None, description="Messages held unacknowledged; auto follows the run time.")
     max_tasks_per_child: Count | None = Field(None, description="Replace an executor after so many tasks.")
-    max_memory_per_child: Size | None = Field(None, description="Replace an executor that grew beyond this.")
+    max_memory_per_child: Size | None = Field(
+        None, description="Replace an executor that grew beyond this, when it has finished."
+    )
+    max_memory_per_child_hard: Size | None = Field(
+        None, description="Kill an executor that grew beyond this, with its tasks."
+    )
     poison_limit: Count | None = Field(None, description="Executors that one message may cost before it is poison.")
 
     @property
@@ -193,8 +228,6 @@ class QueueSettings(_Model):
                 raise ValueError("a quorum queue is always durable")
         elif self.delivery_limit is not None:
             raise ValueError("delivery_limit needs a quorum queue; poison_limit works on both types")
-        elif self.consumer_timeout is not None:
-            raise ValueError("consumer_timeout needs a quorum queue")
         return self
 
 
@@ -228,7 +261,8 @@ class TaskSettings(_Model):
     priority: Priority | None = Field(None, description="Priority of the messages.")
     time_limit: PositiveSeconds | None = Field(None, description="The task is killed after this time.")
     soft_time_limit: PositiveSeconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
-    rate_limit: Rate | None = Field(None, description="10/m, 5/s or 100/h.")
+    rate_limit: Rate | None = Field(None, description="10/m, 5/s or 100/h; 0 lifts a limit.")
+    rate_limit_scope: Literal["cluster", "worker"] = Field("cluster", description="Who shares the limit.")
     max_retries: Annotated[int, Field(ge=0)] | None = Field(None, description="Retries; null for ever.")
     default_retry_delay: Seconds | None = Field(None, description="Pause before a retry.")
     ignore_result: bool | None = Field(None, description="Store no result.")
@@ -236,6 +270,9 @@ class TaskSettings(_Model):
     serializer: Serializer | None = Field(None, description="How arguments are written.")
     compression: Compression | None = Field(None, description="How bodies are compressed.")
     track_started: bool | None = Field(None, description="Report the state STARTED.")
+    deduplicate: bool | None = Field(
+        None, description="False runs a redelivered task that succeeded by its stored result; true by default."
+    )
     acks_late: bool | None = Field(None, description="Always true here: a task is acknowledged after its outcome.")
 
     @field_validator("acks_late")
@@ -260,47 +297,32 @@ class ResultSettings(_Model):
     expires: Seconds = Field(86400.0, description="How long results are kept.")
 
 
-class ScheduleSettings(_Model):
-    """A periodic call."""
-
-    task: str = Field(description="Name of the task.")
-    cron: str | None = Field(None, description="Five fields: minute hour day month weekday.")
-    every: PositiveSeconds | None = Field(None, description="Interval.")
-    args: tuple[Any, ...] = Field((), description="Positional arguments.")
-    kwargs: Mapping[str, Any] = Field(default_factory=dict, description="Named arguments.")
-    options: Mapping[str, Any] = Field(default_factory=dict, description="Options of apply_async.")
-    enabled: bool = Field(True, description="False pauses it.")
-
-    @model_validator(mode="after")
-    def _one_clock(self) -> Self:
-        if (self.cron is None) == (self.every is None):
-            both = self.cron is not None
-            raise ValueError(f"a schedule has `cron` or `every`; this one has {'both' if both else 'neither'}")
-        return self
-
-    @field_validator("cron")
-    @classmethod
-    def _five_fields(cls, value: str | None) -> str | None:
-        if value is not None and len(value.split()) != 5:
-            raise ValueError(f"{value!r} has {len(value.split())} fields; cron has five: minute hour day month weekday")
-        return value
-
-
 class WorkerSettings(_Model):
     """Defaults of the worker; queues and flags win over them."""
 
     prefetch: Prefetch = Field("auto", description="Messages held unacknowledged per queue; auto follows the run time.")
     grace_period: Seconds = Field(30.0, description="Time that running tasks get to finish at shutdown.")
-    http: str | None = Field(None, description="Address of the health and metrics server.")
-    pool: PoolName = Field("process", description="process, asyncio or solo; prefork is process.")
+    disable_rate_limits: bool = Field(False, description="Tasks run however often; what waits for its turn goes on.")
+    http: HttpAddress | None = Field(None, description="Probes and metrics are served here: HOST:PORT or :PORT.")
+    remote_control: bool = Field(
+        True, description="Answer inspect and control commands, Celery's and these; costs a process and a connection."
+    )
+    send_task_events: bool = Field(False, description="Tell monitors of tasks and heartbeats; -E does it too.")
+    pool: PoolName = Field("process", description="process, thread, asyncio, gevent or solo.")
     concurrency: Count | None = Field(None, description="Tasks at once per queue; by default the usable CPU cores.")
+    autoscale: AutoscaleSettings | None = Field(None, description="Bounds between which pools follow the work.")
     poison_limit: Count = Field(
         3, description="Executors that one message may cost before it is dead-lettered as poison."
     )
     time_limit: PositiveSeconds | None = Field(None, description="Tasks are killed after this time.")
     soft_time_limit: PositiveSeconds | None = Field(None, description="SoftTimeLimitExceeded is raised in the task.")
     max_tasks_per_child: Count | None = Field(None, description="Replace an executor after so many tasks.")
-    max_memory_per_child: Size | None = Field(None, description="Replace an executor that grew beyond this.")
+    max_memory_per_child: Size | None = Field(
+        None, description="Replace an executor that grew beyond this, when it has finished."
+    )
+    max_memory_per_child_hard: Size | None = Field(
+        None, description="Kill an executor that grew beyond this, with its tasks."
+    )
 
     @model_validator(mode="after")
     def _limits_in_order(self) -> Self:
@@ -319,24 +341,6 @@ class SerializationSettings(_Model):
     max_body: Size = Field(16 * 1024 * 1024, description="Largest body that a worker decodes, decompressed.")
 
 
-class LoggingSettings(_Model):
-    """Logs, to stderr."""
-
-    format: Literal["console", "json"] = Field("console", description="json writes one object a line.")
-    level: Literal["debug", "info", "warning", "error", "critical"] = Field(
-        "info", description="The lowest level written."
-    )
-
-
-class SentrySettings(_Model):
-    """Sentry receives task exceptions when a DSN is set."""
-
-    dsn: SecretStr | None = Field(None, description="The project's DSN.")
-    environment: str | None = Field(None, description="Sentry's environment.")
-    release: str | None = Field(None, description="Sentry's release.")
-    sample_rate: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="Share of the exceptions that is sent.")
-
-
 class TopologySettings(_Model):
     """Names in the broker, and whether they are declared."""
 
@@ -349,14 +353,6 @@ class TopologySettings(_Model):
     default_queue: Annotated[str, Field(min_length=1)] = Field(
         "default", description="Queue of tasks that no route and no option sends elsewhere."
     )
-
-
-class TestingSettings(_Model):
-    """For tests of applications: calls run in the calling process, without a broker."""
-
-    always_eager: bool = Field(False, description="Calls run at once, here.")
-    eager_propagates: bool = Field(False, description="A task that fails raises at the call.")
-    store_eager_result: bool = Field(False, description="Results go to the result store too.")
 
 
 class Settings(_Model):
@@ -376,8 +372,11 @@ class Settings(_Model):
     tasks: Mapping[str, TaskSettings] = Field(default_factory=dict, description="Options by glob on the task's name.")
     result: ResultSettings = Field(default_factory=ResultSettings, description="Results.")
     schedule: Mapping[str, ScheduleSettings] = Field(default_factory=dict, description="Periodic calls, by name.")
+    revoke: RevokeSettings = Field(default_factory=RevokeSettings, description="Revoked tasks.")
     worker: WorkerSettings = Field(default_factory=WorkerSettings, description="Defaults of the worker.")
+    events: EventSettings = Field(default_factory=EventSettings, description="Events for monitors.")
     serialization: SerializationSettings = Field(default_factory=SerializationSettings, description="Bodies.")
+    security: SecuritySettings = Field(default_factory=SecuritySettings, description="Signatures of messages.")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs.")
     sentry: SentrySettings = Field(default_factory=SentrySettings, description="Sentry.")
     topology: TopologySettings = Field(default_factory=TopologySettings, description="Names in the broker.")

@@ -68,7 +68,7 @@ def parse_bytes(value: object) -> int:
 
 
 def parse_rate(value: object) -> float:
-    """Tasks per second of ``10/m``, ``5/s``, ``100/h``, or a number a second. Raises ValueError."""
+    """Tasks per second of ``10/m``, ``5/s``, ``100/h``, or a number a second; 0 for no limit. Raises ValueError."""
     number, unit = 0.0, "s"
     if isinstance(value, int | float) and _is_number(value):
         number = float(value)
@@ -78,8 +78,10 @@ def parse_rate(value: object) -> float:
         try:
             number = float(count)
         except ValueError:
-            number = 0.0
-    if not (math.isfinite(number) and number > 0) or unit not in _RATE:
+            number = -1.0
+    else:
+        number = -1.0
+    if not (math.isfinite(number) and number >= 0) or unit not in _RATE:
         raise ValueError(f"{value!r} is not a rate; write 10/m, 5/s or 100/h")
     return number / _RATE[unit]
 

@@ -65,9 +65,10 @@ def _names(data: Mapping[str, Any]) -> Iterator[tuple[Path, str, str]]:
             if name is not None:
                 yield ("queues", queue, "bindings", index, "exchange"), "exchange", name
     for entry in _table(data, "schedule"):
-        name = _text(_table(_table(data["schedule"], entry), "options").get("queue"))
-        if name is not None:
-            yield ("schedule", entry, "options", "queue"), "queue", name
+        for kind in ("queue", "exchange"):
+            name = _text(_table(_table(data["schedule"], entry), "options").get(kind))
+            if name is not None:
+                yield ("schedule", entry, "options", kind), kind, name
 
 
 def _table(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -5,16 +5,18 @@ Ids are the same each time that the same task ends in the same way, so that a se
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from amqptasks.calls import Calls
 from amqptasks.canvas import Signature, from_dict
-from amqptasks.canvas.plan import JOIN, Part, casualties, expand, freeze, normal, part_of, replaced
+from amqptasks.canvas.plan import JOIN, Part, bodies, casualties, expand, freeze, normal, part_of, replaced
 from amqptasks.canvas.types import as_list
 from amqptasks.errors import ChordError
 from amqptasks.execution.reports import Reporter
@@ -42,6 +44,9 @@ class FollowUps:
         self._find = find
         self._reporter = reporter
         self._prefix = prefix
+        #: Calls an errback, and runs what an async one gave to its end. The runner sets both: the pool knows how.
+        self.call_errback: Callable[[Callable[[], None]], None] = lambda call: call()
+        self.run_coroutine: Callable[[Coroutine[Any, Any, Any]], object] = asyncio.run
 
     # -- success --------------------------------------------------------------------------------------------------
 
@@ -90,10 +95,12 @@ class FollowUps:
         handle = freeze(made, new_id, common=common)
         if len(request.children) < 1000:
             request.children.append(handle)
+        for body in bodies(made):
+            self._calls.pin(body)
         sent = expand(made, args)
         for one in sent:
             one.options["parent_id"] = request.id
-        return [one.envelope for one in self._calls.prepare_all(sent, check=False)]
+        return [self._calls.signed(one.envelope) for one in self._calls.prepare_all(sent, check=False)]
 
     # -- chords ---------------------------------------------------------------------------------------------------
 
@@ -110,10 +117,12 @@ class FollowUps:
             "state": str(state),
             "result": value,
             "chord": part.body,
+            "time": time.time(),
         }
         key = joins_queue(self._prefix)
         body = jsontypes.dumps(table)
-        return [Envelope(self._prefix, key, body, message_id=task_id, correlation_id=str(part.body[JOIN]))]
+        envelope = Envelope(self._prefix, key, body, message_id=task_id, correlation_id=str(part.body[JOIN]))
+        return [self._calls.signed(envelope)]
 
     def _celery_part(self, task_id: str, part: Part, state: str, value: Any) -> list[Envelope]:
         member = jsontypes.dumps([1, task_id, str(state), value])
@@ -178,11 +187,17 @@ class FollowUps:
         if task is None or wants is None:
             return self._send(request, errback, (request.id,), f"errback/{number}")
         first = request.id if wants in ("task_id", "uuid", "id", "failed_task_id") else request
-        try:
-            args = (first, error, trace) if not errback.immutable else ()
-            task(*args, *errback.args, **errback.kwargs)
-        except Exception:
-            _log.exception("An errback raised", task=errback.task, task_id=request.id)
+        args = (first, error, trace) if not errback.immutable else ()
+
+        def call() -> None:
+            try:
+                made = task(*args, *errback.args, **errback.kwargs)
+                if inspect.iscoroutine(made):
+                    self.run_coroutine(made)
+            except Exception:
+                _log.exception("An errback raised", task=errback.task, task_id=request.id)
+
+        self.call_errback(call)
         return []
 
 

@@ -10,6 +10,10 @@ from amqptasks.request import Request
 
 __all__ = ["Job", "build_request", "header_limits", "header_retries"]
 
+#: One more must fit a header of 64 bits.
+_MOST_RETRIES = 2**63 - 1
+_INF = float("inf")
+
 
 class Job(NamedTuple):
     """A delivery, in types that `marshal` can carry."""
@@ -26,12 +30,16 @@ class Job(NamedTuple):
     body: bytes
     #: Decided already (expired, poison, a failed chord …): (reason, exception, message). It does not run.
     verdict: tuple[str, str, str] | None = None
+    #: The signal that ended it, when it was revoked while it ran.
+    signum: int | None = None
+    #: (hard, soft) seconds that were set for its task while the worker runs; None leaves it to the message.
+    limits: tuple[float | None, float | None] | None = None
 
 
 def header_retries(headers: dict[str, Any]) -> int:
     """The ``retries`` header. Raises `DecodeError` for what is no count."""
     value = headers.get("retries") or 0
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MOST_RETRIES:
         raise DecodeError(f"header retries is {value!r:.40}, not a count")
     return value
 
@@ -44,7 +52,9 @@ def header_limits(headers: dict[str, Any]) -> tuple[float | None, float | None]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise DecodeError(f"header timelimit is {value!r:.60}, not [hard, soft]")
     for limit in value:
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit < 0):
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < _INF
+        ):
             raise DecodeError(f"header timelimit is {value!r:.60}, not [hard, soft] in seconds")
     return value[0] or None, value[1] or None
 
@@ -75,7 +85,7 @@ def build_request(job: Job, body: Body, hostname: str) -> Request:
             "redelivered": job.redelivered,
         },
         headers=headers,
-        timelimit=header_limits(headers),
+        timelimit=job.limits or header_limits(headers),
         ignore_result=bool(headers.get("ignore_result")),
         called_directly=False,
     )

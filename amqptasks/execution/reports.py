@@ -6,20 +6,22 @@ task, before the outcome is reported: so nothing is acknowledged whose result wa
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
 
-from amqptasks.errors import SerializationError, StoreUnavailable
+from amqptasks.errors import DecodeError, SerializationError, StoreUnavailable
 from amqptasks.message import Envelope
 from amqptasks.protocol.results import ResultMeta, decode_result, encode_result
 from amqptasks.request import Request
 from amqptasks.results.store import ResultStore
 
-__all__ = ["Reporter", "result_meta"]
+__all__ = ["Reporter", "reply", "result_meta", "running_loop"]
 
 _RETRY_FIRST, _RETRY_MAX = 0.2, 10.0
 _log = structlog.get_logger("amqptasks.worker")
@@ -36,6 +38,7 @@ class Reporter:
     def __init__(self, *, replies: bool, store: ResultStore | None) -> None:
         self._replies = replies
         self._store = store
+        self._states = _States(self._write_state)
 
     @property
     def blocks(self) -> bool:
@@ -55,7 +58,7 @@ class Reporter:
         """
         encoded = encode_result(meta) if encoded is None else encoded
         if self._replies:
-            return (_reply(meta.task_id, encoded, reply_to),) if reply_to else ()
+            return (reply(meta.task_id, encoded, reply_to),) if reply_to else ()
         store = self._store
         if store is not None:
             _persist(lambda: store.put(meta.task_id, encoded, ready=meta.ready), meta.task_id)
@@ -65,13 +68,20 @@ class Reporter:
         """A state on the way, once and best effort. Returns the message to send, if one is to be sent."""
         encoded = encode_result(meta)
         if self._replies:
-            return _reply(meta.task_id, encoded, reply_to) if reply_to else None
+            return reply(meta.task_id, encoded, reply_to) if reply_to else None
         if self._store is not None:
-            try:
-                self._store.put(meta.task_id, encoded, ready=False)
-            except StoreUnavailable as error:
-                _log.warning("A task's state cannot be stored", task_id=meta.task_id, error=str(error))
+            if running_loop() is None:
+                self._write_state(meta.task_id, encoded)
+            else:
+                self._states.put(meta.task_id, encoded)
         return None
+
+    def _write_state(self, task_id: str, encoded: bytes) -> None:
+        assert self._store is not None
+        try:
+            self._store.put(task_id, encoded, ready=False)
+        except StoreUnavailable as error:
+            _log.warning("A task's state cannot be stored", task_id=task_id, error=str(error))
 
     def ended(self, task_id: str) -> ResultMeta | None:
         """What the store knows of a task that has ended; None where it has not, or cannot be told."""
@@ -79,9 +89,9 @@ class Reporter:
             return None
         try:
             found = self._store.get([task_id]).get(task_id)
-        except StoreUnavailable:
+            meta = None if found is None else decode_result(found)
+        except (StoreUnavailable, DecodeError):  # away, or what is there is no result
             return None
-        meta = None if found is None else decode_result(found)
         return meta if meta is not None and meta.ready else None
 
     def chord_part(self, group_id: str, index: int, member: bytes) -> list[bytes] | None:
@@ -98,6 +108,44 @@ class Reporter:
         return found[0]
 
 
+class _States:
+    """States of coroutines, written by a thread beside the event loop: of each task the last one."""
+
+    def __init__(self, write: Callable[[str, bytes], None]) -> None:
+        self._write = write
+        self._lock = threading.Lock()
+        self._waiting: dict[str, bytes] = {}
+        self._running = False
+
+    def put(self, task_id: str, encoded: bytes) -> None:
+        with self._lock:
+            self._waiting[task_id] = encoded
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="amqptasks-states", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                task_id = next(iter(self._waiting), None)
+                if task_id is None:
+                    self._running = False
+                    return
+                encoded = self._waiting.pop(task_id)
+            try:
+                self._write(task_id, encoded)
+            except Exception:
+                _log.exception("A task's state cannot be stored", task_id=task_id)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs on this thread."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 def result_meta(request: Request, state: str, result: Any, trace: str | None = None) -> ResultMeta:
     """The result of the task of this request."""
     return ResultMeta(
@@ -111,8 +159,8 @@ def result_meta(request: Request, state: str, result: Any, trace: str | None = N
     )
 
 
-def _reply(task_id: str, encoded: bytes, reply_to: str | None) -> Envelope:
-    # Not mandatory: a caller that is gone needs no answer.
+def reply(task_id: str, encoded: bytes, reply_to: str | None) -> Envelope:
+    """The message of a result. Not mandatory: a caller that is gone needs no answer."""
     return Envelope("", reply_to or "", encoded, message_id=task_id, correlation_id=task_id, mandatory=False)
 
 

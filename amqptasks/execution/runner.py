@@ -6,15 +6,14 @@ import asyncio
 import inspect
 import os
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from amqptasks.calls import seconds_until
 from amqptasks.config import Settings
 from amqptasks.errors import (
+    ConfigError,
     Ignore,
     InvalidArguments,
     MaxRetriesExceeded,
@@ -22,28 +21,35 @@ from amqptasks.errors import (
     Replaced,
     Retry,
     SerializationError,
+    SignatureError,
     SoftTimeLimitExceeded,
 )
 from amqptasks.events import Bus, TaskReceived, TaskRetrying, TaskSucceeded
-from amqptasks.execution.failures import Failures, safe_repr
+from amqptasks.execution import hooks
+from amqptasks.execution.coroutines import Coroutines, beside
+from amqptasks.execution.failures import Failures, safe_repr, trace_of, verdict_error
 from amqptasks.execution.followups import FollowUps
+from amqptasks.execution.interrupts import Terminated, limited
 from amqptasks.execution.job import Job, build_request
 from amqptasks.execution.reports import Reporter, result_meta
-from amqptasks.execution.retry import backoff, failure_reason, wants_retry
+from amqptasks.execution.retry import backoff, failure_reason, retry_plan, wants_retry
 from amqptasks.message import Envelope
-from amqptasks.outcome import Discarded, GivenBack, Outcome, Reason, Retrying, Succeeded
+from amqptasks.outcome import Discarded, Failed, GivenBack, Outcome, Reason, Retrying, Succeeded
 from amqptasks.protocol.compression import compress
 from amqptasks.protocol.results import ResultMeta
 from amqptasks.protocol.serializers import accepted
+from amqptasks.protocol.signing import Keyring
 from amqptasks.protocol.task import Body, decode_body, encode_arguments
 from amqptasks.request import Request, reset_current, set_current
-from amqptasks.states import RETRY, STARTED, SUCCESS
+from amqptasks.signals import task_signals
+from amqptasks.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
 from amqptasks.task import Task
 
-__all__ = ["Call", "Runner"]
-
+__all__ = ["Call", "Runner", "SoftLimit"]
 
 _SUCCEEDED = Succeeded()
+#: Characters of a result that monitors are shown.
+_SHOWN = 1024
 SoftLimit = Callable[[float], AbstractContextManager[None]]
 
 
@@ -57,10 +63,17 @@ class Call:
     kwargs: Mapping[str, Any]
     body: Body
     job: Job
+    #: Whether its task has hooks, or a task signal has handlers.
+    watched: bool = False
+    #: How it ended, for those who watch: a state, and its value or what it raised.
+    state: str = "IGNORED"
+    value: Any = None
 
     def start(self) -> Any:
         """Call the function: its value, or its coroutine."""
         task = self.task
+        if "before_start" in task.hooks:
+            task.before_start(self.request.id, self.args, self.kwargs)
         if task.bind:
             return task.function(task, *self.args, **self.kwargs)
         return task.function(*self.args, **self.kwargs)
@@ -70,8 +83,11 @@ class Runner:
     """Runs the tasks of one queue's messages. One per executor.
 
     `soft_limit` gives a context manager that raises `SoftTimeLimitExceeded` inside it after so many seconds; the pool
-    knows how (a signal on the main thread). `send_state` sends a message while the task of a delivery goes on;
-    `ran` is called when its function has ended, and only its result is written.
+    knows how (`execution/interrupts.py`). `send_state` sends a message while the task of a delivery goes on;
+    `coroutines`: whether async functions can run here.
+    `ran` is called when its function has ended, and only its result is written; `again` when hooks run after that,
+    so that a delivery whose hooks end the process is to blame. With `keys` a message that they did not sign is refused
+    before anything of its body is read. `describe`: whether outcomes say what monitors show, as text.
     """
 
     def __init__(
@@ -87,8 +103,15 @@ class Runner:
         follow: FollowUps,
         send_state: Callable[[int, Envelope], None],
         ran: Callable[[], None],
+        again: Callable[[int], None] = lambda _tag: None,
+        keys: Keyring | None = None,
+        coroutines: bool = True,
+        describe: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._describe = describe
         self._ran = ran
+        self._again = again
+        self._keys = keys
         self._reporter = reporter
         self._follow = follow
         self._failures = Failures(queue, bus, reporter, follow)
@@ -101,12 +124,17 @@ class Runner:
         self._hostname = hostname
         self._bus = bus
         self._soft_limit = soft_limit
-        self._runner: asyncio.Runner | None = None
+        self._coroutines = Coroutines(coroutines)
+        follow.call_errback = self._coroutines.call_errback
+        follow.run_coroutine = self._coroutines.run_errback
 
     # -- sync -----------------------------------------------------------------------------------------------------
 
     def run(self, job: Job) -> tuple[Outcome, float]:
-        """Run one job on this thread. Returns its outcome and its run time in seconds. Never raises."""
+        """Run one job on this thread. Returns its outcome and its run time in seconds.
+
+        Raises `Terminated` when the pool ends the task, and nothing else.
+        """
         call = self._prepare(job)
         if not isinstance(call, Call):
             return call, 0.0
@@ -115,79 +143,95 @@ class Runner:
         token = set_current(call.request)
         started = time.perf_counter()
         try:
-            with guard:
-                value = call.start()
+            if call.watched:
+                hooks.started(call)
+            try:
+                with guard:
+                    value = call.start()
                 if inspect.iscoroutine(value):
-                    value = self._run_coroutine(value)
-            self._ran()
-        except BaseException as error:
-            outcome = self._classify(call, error, time.perf_counter() - started)
-        else:
-            outcome = self._succeeded(call, value, time.perf_counter() - started)
+                    value = self._coroutines.run(value, limit)
+                self._ran()
+            except Terminated:
+                raise
+            except BaseException as error:
+                outcome = self._classify(call, error, time.perf_counter() - started)
+            else:
+                outcome = self._succeeded(call, value, time.perf_counter() - started)
+            if call.watched:
+                self._again(job.tag)
+                hooks.ended(call)
+                self._ran()
         finally:
             reset_current(token)
         return outcome, time.perf_counter() - started
 
-    def _run_coroutine(self, value: Any) -> Any:
-        # One loop for the life of the executor, so that clients which tasks keep stay usable.
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-            weakref.finalize(self, self._runner.close)
-        return self._runner.run(value)
-
     # -- asyncio --------------------------------------------------------------------------------------------------
 
     async def run_async(self, job: Job) -> tuple[Outcome, float]:
-        """Run one job on this event loop; a plain function goes to a thread. Never raises."""
+        """Run one job of an async function on this event loop.
+
+        Raises `asyncio.CancelledError` when this asyncio task was cancelled, and nothing else.
+        """
+        self._coroutines.loop = asyncio.get_running_loop()
         blocks = self._reporter.blocks
-        call = await asyncio.to_thread(self._prepare, job) if blocks and job.redelivered else self._prepare(job)
+        call = await beside(blocks, self._prepare, job)
         if not isinstance(call, Call):
+            if self._coroutines.planned:
+                await self._coroutines.finish()
             return call, 0.0
-        soft, hard = self.soft_limit_of(call), self.hard_limit_of(call)
+        soft = self.soft_limit_of(call)
         set_current(call.request)  # this asyncio task's own context: nothing to reset
         started = time.perf_counter()
+        if call.watched:
+            hooks.started(call)
         try:
-            async with asyncio.timeout(soft or hard):
-                if inspect.iscoroutinefunction(call.task.function):
-                    value = await call.start()
-                else:
-                    value = await asyncio.to_thread(call.start)
-        except TimeoutError as error:
-            ran = time.perf_counter() - started
-            limit = soft or hard
-            if limit is not None and ran >= limit:
-                outcome = self._classify(call, SoftTimeLimitExceeded(f"{limit} s"), ran)
-            else:
-                outcome = self._classify(call, error, ran)
+            value = await (call.start() if soft is None else limited(call.start(), soft))
         except BaseException as error:
-            outcome = self._classify(call, error, time.perf_counter() - started)
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
+            outcome = await beside(blocks, self._classify, call, error, time.perf_counter() - started)
         else:
-            ran = time.perf_counter() - started
-            if blocks:
-                return await asyncio.to_thread(self._succeeded, call, value, ran), ran
-            outcome = self._succeeded(call, value, ran)
+            outcome = await beside(blocks, self._succeeded, call, value, time.perf_counter() - started)
+        if self._coroutines.planned:
+            await self._coroutines.finish()
+        if call.watched:
+            hooks.ended(call)
         return outcome, time.perf_counter() - started
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _prepare(self, job: Job) -> Call | Outcome:
         headers = job.headers
+        if self._keys is not None:
+            problem = self._keys.problem(headers, job.content_type, job.correlation_id, job.reply_to, job.body)
+            if problem is not None:
+                hooks.rejected(job, SignatureError(problem))
+                return self._failures.disbelieved(job, problem)
+        if job.verdict is not None and job.verdict[0] == Reason.UNDECODABLE:
+            hooks.rejected(job, verdict_error(job))
+            return Failed(Reason.UNDECODABLE, *job.verdict[1:])
         try:
             body = decode_body(job.body, job.content_type, headers.get("compression"), self._accept, self._max_body)
             request = build_request(job, body, self._hostname)
         except Exception as error:  # whatever a hostile body provokes must not end the executor
+            hooks.rejected(job, error)
             return self._failures.failed(job, Request(id=_text(headers.get("id"))), {}, error, Reason.UNDECODABLE)
         if job.verdict is not None:
-            return self._failures.concluded(job, request, body.embed)
+            concluded = self._failures.concluded(job, request, body.embed)
+            hooks.concluded(self._tasks.get(headers["task"]), job, request, verdict_error(job))
+            return concluded
         try:
             task = self._tasks[headers["task"]]
             args, kwargs = task.validate(body.args, body.kwargs)
         except InvalidArguments as error:
-            return self._failures.failed(job, request, body.embed, error, Reason.INVALID_ARGUMENTS)
+            failed = self._failures.failed(job, request, body.embed, error, Reason.INVALID_ARGUMENTS)
+            hooks.never_ran(task, request, error)
+            return failed
         except Exception as error:
+            hooks.rejected(job, error)
             return self._failures.failed(job, request, body.embed, error, Reason.UNDECODABLE)
         call = Call(task, request, args, kwargs, body, job)
-        if job.redelivered:
+        if job.redelivered and task.options.deduplicate:
             known = self._reporter.ended(request.id or "")
             if known is not None and known.status == SUCCESS:
                 # It has run, and what it returned is kept: what follows it may not have been sent.
@@ -198,6 +242,9 @@ class Runner:
                 request.on_state(STARTED, {"hostname": self._hostname, "pid": os.getpid()})
         if self._bus.wants(TaskReceived):
             self._bus.emit(TaskReceived(task.name, request.id or "", self._queue, request.retries + 1))
+        call.watched = task_signals.connected or bool(task.hooks)
+        if call.watched:
+            hooks.received(call)
         return call
 
     def _state(self, call: Call, state: str, meta: Any) -> None:
@@ -209,10 +256,6 @@ class Runner:
         """Seconds after which the task is asked to stop: the message's, the task's, or the worker's."""
         return call.request.timelimit[1] or call.task.options.soft_time_limit or self._settings.worker.soft_time_limit
 
-    def hard_limit_of(self, call: Call) -> float | None:
-        """Seconds after which the task is killed: the message's, the task's, or the worker's."""
-        return call.request.timelimit[0] or call.task.options.time_limit or self._settings.worker.time_limit
-
     def _succeeded(self, call: Call, value: Any, runtime: float, known: ResultMeta | None = None) -> Outcome:
         request, embed, job = call.request, call.body.embed, call.job
         messages: list[Envelope] = []
@@ -223,14 +266,25 @@ class Runner:
                 meta = result_meta(request, SUCCESS, value)
                 messages += self._reporter.final(meta, job.reply_to)
         except Exception as error:  # what it returned, or what should follow, cannot be written
+            call.state, call.value = FAILURE, error
             return self._failures.failed(job, request, embed, error, Reason.FAILED, runtime=runtime, expected=False)
+        call.state, call.value = SUCCESS, value
         if self._bus.wants(TaskSucceeded):
             self._bus.emit(
                 TaskSucceeded(call.task.name, request.id or "", self._queue, request.retries + 1, runtime, value)
             )
+        if self._describe():
+            return Succeeded(tuple(messages), safe_repr(value, _SHOWN))
         return Succeeded(tuple(messages)) if messages else _SUCCEEDED
 
     def _classify(self, call: Call, error: BaseException, runtime: float) -> Outcome:
+        try:
+            return self._outcome_of(call, error, runtime)
+        except Exception as problem:
+            hooks.internal_error(call.task, call.request, problem)
+            return self._failed(call, problem, Reason.FAILED, runtime)
+
+    def _outcome_of(self, call: Call, error: BaseException, runtime: float) -> Outcome:
         options, retries = call.task.options, call.request.retries
         if isinstance(error, Ignore):
             return Discarded(tuple(self._follow.ignored(call.request, call.body.embed)))
@@ -243,6 +297,7 @@ class Runner:
             return self._retrying(call, error, runtime)
         if isinstance(error, Reject):
             if error.requeue:
+                call.state, call.value = REJECTED, error
                 return GivenBack()
             return self._failed(call, error, Reason.REJECTED, runtime)
         if wants_retry(options, error) and (options.max_retries is None or retries < options.max_retries):
@@ -258,19 +313,22 @@ class Runner:
 
     def _retrying(self, call: Call, retry: Retry, runtime: float) -> Outcome:
         try:
-            body = self._changed_body(call, retry)
-        except SerializationError as error:
+            delay, queue, priority = retry_plan(retry, call.task.options, self._settings.topology.prefix)
+            body, headers = self._changed_body(call, retry)
+        except (SerializationError, ConfigError) as error:
             return self._failed(call, error, Reason.FAILED, runtime)
         cause = retry.exc
-        delay = max(0.0, seconds_until(retry.when if retry.when is not None else call.task.options.default_retry_delay))
         outcome = Retrying(
             delay,
             exception=type(cause).__qualname__ if cause is not None else "Retry",
             message=safe_repr(cause) if cause is not None else str(retry),
             body=body,
-            queue=retry.options.get("queue"),
-            priority=retry.options.get("priority"),
+            queue=queue,
+            priority=priority,
+            headers=headers,
+            traceback=trace_of(cause if cause is not None else retry) if self._describe() else "",
         )
+        call.state, call.value = RETRY, retry
         request = call.request
         if request.on_state is not None:
             request.on_state(RETRY, cause if cause is not None else retry)
@@ -281,17 +339,24 @@ class Runner:
         )
         return outcome
 
-    def _changed_body(self, call: Call, retry: Retry) -> bytes | None:
+    def _changed_body(self, call: Call, retry: Retry) -> tuple[bytes | None, dict[str, str] | None]:
+        """The body with other arguments, and its signature."""
         if retry.sig_args is None and retry.sig_kwargs is None:
-            return None
+            return None, None
         args = call.body.args if retry.sig_args is None else retry.sig_args
         kwargs = call.body.kwargs if retry.sig_kwargs is None else retry.sig_kwargs
-        packer = self._accept[call.job.content_type or ""]
+        job = call.job
+        packer = self._accept[job.content_type or ""]
         body = encode_arguments(call.task.name, args, kwargs, call.body.embed, packer)
-        compression = call.job.headers.get("compression")
-        return compress(body, compression) if compression else body
+        compression = job.headers.get("compression")
+        if compression:
+            body = compress(body, compression)
+        if self._keys is None:
+            return body, None
+        return body, self._keys.signature(job.headers, job.content_type, job.correlation_id, job.reply_to, body)
 
     def _failed(self, call: Call, error: BaseException, reason: Reason, runtime: float) -> Outcome:
+        call.state, call.value = (REJECTED if reason is Reason.REJECTED else FAILURE), error
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next  # what the task's author wants to see starts below this module
@@ -305,6 +370,12 @@ class Runner:
             trace=None if reason is Reason.REJECTED else trace or error.__traceback__,
             expected=isinstance(error, call.task.options.throws),
         )
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the running asyncio task; a task may also raise `CancelledError` by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _text(value: object) -> str | None:

@@ -15,13 +15,15 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
 import structlog
 
+from amqptasks import signals
 from amqptasks.config import LoggingSettings
-from amqptasks.events import Bus, TaskEvent, TaskFailed, TaskReceived, TaskRetrying, TaskSucceeded
+from amqptasks.events import Bus, TaskEvent, TaskFailed, TaskReceived, TaskRetrying, TaskRevoked, TaskSucceeded
 from amqptasks.execution.failures import safe_repr
 from amqptasks.request import current_request
 
@@ -66,8 +68,8 @@ class LineWriter:
         """Write what is gathered."""
         if not self._lines:
             return
-        data = "".join(self._lines).encode("utf-8", "backslashreplace")
-        self._lines = []
+        lines, self._lines = self._lines, []  # in one step: other threads add lines
+        data = "".join(lines).encode("utf-8", "backslashreplace")
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
@@ -98,12 +100,15 @@ class _Clock:
 
 def _add_task(_logger: Any, _method: str, event: EventDict) -> EventDict:
     """Fields of the running task, read when a line is written: a task that logs nothing pays nothing."""
-    request = current_request()
-    if request is not None and "task_id" not in event:
+    if "task_id" not in event and (request := current_request()) is not None:
         event["task"] = request.task
         event["task_id"] = request.id
         event["attempt"] = request.retries + 1
     return event
+
+
+def _format_exception(logger: Any, method: str, event: EventDict) -> EventDict:
+    return structlog.processors.format_exc_info(logger, method, event) if "exc_info" in event else event
 
 
 def _console(colours: bool) -> Callable[[Any, str, EventDict], str]:
@@ -134,23 +139,49 @@ def _json() -> Callable[[Any, str, EventDict], str]:
     return render
 
 
-def configure_logging(settings: LoggingSettings, *, level: str | None = None) -> LineWriter:
-    """Send structlog and the standard library's logging to stderr. Call it once, before any fork."""
+def configure_logging(
+    settings: LoggingSettings, *, level: str | None = None, logfile: Path | None = None
+) -> LineWriter:
+    """Send structlog and the standard library's logging to stderr. Call it once, before any fork.
+
+    Handlers of `setup_logging` do the second in our place, and get the lines of the first.
+
+    Args:
+        logfile: what stderr will become; its lines have no colours.
+    """
     number = logging.getLevelNamesMapping()[(level or settings.level).upper()]
     writer = LineWriter(sys.stderr.fileno())
-    as_json = settings.format == "json"
-    renderer = _json() if as_json else _console(sys.stderr.isatty() and "NO_COLOR" not in os.environ)
+    colours = sys.stderr.isatty() and logfile is None and "NO_COLOR" not in os.environ
+    named = {
+        "loglevel": number,
+        "logfile": None if logfile is None else str(logfile),
+        "format": settings.format or "console",
+        "colorize": colours,
+    }
+    theirs = bool(signals.setup_logging.receivers)
+    renderer = _to_logging if theirs else _json() if settings.format == "json" else _console(colours)
     structlog.configure(
-        processors=[_add_task, structlog.processors.format_exc_info, renderer],
+        processors=[_add_task, *([] if theirs else [_format_exception]), renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=lambda *_args: writer,
+        logger_factory=lambda *names: logging.getLogger(*names[:1]) if theirs else writer,
         cache_logger_on_first_use=True,
     )
-    handler = _StandardHandler()
-    logging.basicConfig(level=number, handlers=[handler], force=True)
+    if theirs:
+        signals.setup_logging.send(sender=None, **named)
+        return writer
+    logging.basicConfig(level=number, handlers=[_StandardHandler()], force=True)
     # pika tells each step of every connection at INFO; what matters of it, the worker says in its own words.
     logging.getLogger("pika").setLevel(max(number, logging.CRITICAL))
+    signals.after_setup_logger.send(sender=None, logger=logging.getLogger(), **named)
+    signals.after_setup_task_logger.send(sender=None, logger=logging.getLogger("amqptasks.task"), **named)
     return writer
+
+
+def _to_logging(_logger: Any, _method: str, event: EventDict) -> tuple[tuple[str], dict[str, Any]]:
+    """A line of ours for a handler of the standard library: its fields stand in the record's `fields`."""
+    text, failure = str(event.pop("event", "")), event.pop("exc_info", None)
+    said = "".join(f" {key}={value}" for key, value in event.items() if value is not None and str(value) not in text)
+    return (text + said,), {"exc_info": failure, "extra": {"fields": event}}
 
 
 class _StandardHandler(logging.Handler):
@@ -171,7 +202,8 @@ def _fields(event: TaskEvent) -> dict[str, Any]:
 
 def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, level: str | None = None) -> None:
     """Write a line for each thing that happens to a task, in Celery's words."""
-    log = structlog.get_logger("amqptasks.task")
+    # Bound once: until then structlog assembles a logger for each line.
+    log = structlog.get_logger("amqptasks.task").bind()
     bus.on_flush(writer.flush)
 
     def received(event: TaskReceived) -> None:
@@ -208,6 +240,14 @@ def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, l
             exception=event.traceback.rstrip() or None if not event.expected else None,
         )
 
+    def revoked(event: TaskRevoked) -> None:
+        how = "expired" if event.expired else "terminated" if event.terminated else "revoked"
+        log.warning(
+            f"Task {event.task}[{event.task_id}] {how}{': ' + event.message if event.expired else ''}",
+            **_fields(event),
+            reason="expired" if event.expired else "revoked",
+        )
+
     number = logging.getLevelNamesMapping()[(level or settings.level).upper()]
     if number <= logging.INFO:
         # Below that level nobody builds these events at all.
@@ -215,3 +255,4 @@ def subscribe_logs(bus: Bus, writer: LineWriter, settings: LoggingSettings, *, l
         bus.subscribe(TaskSucceeded, succeeded)
         bus.subscribe(TaskRetrying, retrying)
     bus.subscribe(TaskFailed, failed)
+    bus.subscribe(TaskRevoked, revoked)

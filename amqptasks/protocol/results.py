@@ -133,7 +133,10 @@ def error_from_wire(value: Any) -> BaseException:
     args = tuple(message) if isinstance(message, list | tuple) else () if message is None else (message,)
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
+        try:
+            found = getattr(found, part, None)
+        except Exception:  # a module that makes its names when they are asked for
+            found = None
     if isinstance(found, type) and issubclass(found, Exception):
         try:
             return found(*args)
@@ -144,4 +147,8 @@ def error_from_wire(value: Any) -> BaseException:
 
 @lru_cache(maxsize=1000)
 def _stand_in(name: str, module: str) -> type[RemoteError]:
-    return type(name.rpartition(".")[2], (RemoteError,), {"__module__": module, "exc_type": name, "exc_module": module})
+    about = {"__module__": module, "exc_type": name, "exc_module": module}
+    try:
+        return type(name.rpartition(".")[2], (RemoteError,), about)
+    except ValueError:  # Python has no class of this name
+        return type(RemoteError.__name__, (RemoteError,), about)

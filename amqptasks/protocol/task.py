@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import reprlib
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,8 @@ from amqptasks.protocol.serializers import Serializer
 
 __all__ = [
     "EMPTY_EMBED",
+    "PUBLISHED_HEADER",
+    "REPLAYS_HEADER",
     "Body",
     "TaskHeaders",
     "decode_body",
@@ -30,6 +33,10 @@ __all__ = [
     "task_envelope",
 ]
 
+#: Milliseconds since the epoch at which the message was made. AMQP's own `timestamp` has whole seconds.
+PUBLISHED_HEADER = "x-amqptasks-published"
+#: How often a dead letter was sent again.
+REPLAYS_HEADER = "x-task-replays"
 EMPTY_EMBED: Mapping[str, Any] = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 # Arguments are shown in logs and monitors through these two headers, so they are cut, as Celery cuts them.
@@ -37,20 +44,27 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 256
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 20
 _repr.maxlevel = 4
+#: What is in a body of so many bytes, and plain, is short enough to be shown whole.
+_SHORT_BODY, _PLAIN = 200, frozenset({int, str, float, bool, type(None)})
 
 
 class _Origin:
     """``gen<pid>@<host>``, built once a process."""
 
-    pid = 0
     text = ""
 
     @classmethod
     def get(cls) -> str:
-        pid = os.getpid()
-        if pid != cls.pid:
-            cls.pid, cls.text = pid, f"gen{pid}@{socket.gethostname()}"
+        if not cls.text:
+            cls.text = f"gen{os.getpid()}@{socket.gethostname()}"
         return cls.text
+
+    @classmethod
+    def forget(cls) -> None:
+        cls.text = ""
+
+
+os.register_at_fork(after_in_child=_Origin.forget)
 
 
 @dataclass(slots=True)
@@ -72,6 +86,7 @@ class TaskHeaders:
     ignore_result: bool = False
     argsrepr: str | None = None
     kwargsrepr: str | None = None
+    stamps: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -133,13 +148,14 @@ def task_envelope(
         "timelimit": [headers.time_limit, headers.soft_time_limit],
         "root_id": headers.root_id or headers.id,
         "parent_id": headers.parent_id,
-        "argsrepr": _repr.repr(tuple(args)) if headers.argsrepr is None else headers.argsrepr,
-        "kwargsrepr": _repr.repr(dict(kwargs)) if headers.kwargsrepr is None else headers.kwargsrepr,
+        "argsrepr": _shown(tuple(args), args, body) if headers.argsrepr is None else headers.argsrepr,
+        "kwargsrepr": _shown(dict(kwargs), kwargs.values(), body) if headers.kwargsrepr is None else headers.kwargsrepr,
         "origin": _Origin.get(),
         "ignore_result": headers.ignore_result,
         "replaced_task_nesting": 0,
-        "stamped_headers": None,
-        "stamps": {},
+        "stamped_headers": list(headers.stamps) if headers.stamps else None,
+        "stamps": headers.stamps,
+        PUBLISHED_HEADER: time.time_ns() // 1_000_000,
     }
     if headers.extra:
         table.update(headers.extra)
@@ -159,6 +175,13 @@ def task_envelope(
         priority=priority,
         mandatory=mandatory,
     )
+
+
+def _shown(what: object, values: Iterable[Any], body: bytes) -> str:
+    """What monitors show of arguments, not too long."""
+    if len(body) < _SHORT_BODY and _PLAIN.issuperset(map(type, values)):
+        return repr(what)
+    return _repr.repr(what)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Results: handles of what was sent, and where results are kept."""
 
-from amqptasks.results.async_result import AsyncResult, GroupResult, ResultSet, from_handle
+from amqptasks.results.async_result import AsyncResult, Expected, GroupResult, ResultSet, from_handle
 
-__all__ = ["AsyncResult", "GroupResult", "ResultSet", "from_handle"]
+__all__ = ["AsyncResult", "Expected", "GroupResult", "ResultSet", "from_handle"]

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from amqptasks.errors import DecodeError, ResultUnavailable
+from amqptasks.errors import ConfigError, DecodeError, ResultUnavailable
 from amqptasks.protocol.results import ResultMeta, decode_result
 from amqptasks.results.store import ResultStore
 
-__all__ = ["Listener", "NoResults", "Results", "StoredResults"]
+__all__ = ["Listener", "NoResults", "Results", "Revoker", "StoredResults", "revoker_of", "tell"]
+
+logger = logging.getLogger(__name__)
 
 #: Called with each change of a result, from any thread.
 Listener = Callable[[ResultMeta], None]
 
 
+class Revoker(Protocol):
+    """Has tasks not run any more."""
+
+    def revoke(self, task_id: str | Iterable[str], terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+        """Revoke them, and return when that is durable."""
+
+    async def arevoke(
+        self, task_id: str | Iterable[str], terminate: bool = False, signal: str | int = "SIGTERM"
+    ) -> None:
+        """`revoke` for asyncio."""
+
+
 class Results(Protocol):
     """Where results come from. Thread-safe."""
+
+    #: Who revokes the tasks of these results; the app sets it.
+    revoker: Callable[[], Revoker] | None
 
     def track(self, task_id: str) -> Any:
         """Something that a handle keeps for as long as it may ask for the result."""
@@ -45,9 +64,25 @@ class Results(Protocol):
         """Close connections."""
 
 
+def tell(listener: Listener, meta: ResultMeta) -> None:
+    """Call a listener. One that raises ends neither the thread that tells nor the others' waiting."""
+    try:
+        listener(meta)
+    except Exception:
+        logger.exception("A listener of the result of %s raised", meta.task_id)
+
+
+def revoker_of(results: Results) -> Revoker:
+    """Who revokes the tasks of these results. Raises `ConfigError` where there is no app."""
+    if results.revoker is None:
+        raise ConfigError("no app: create AmqpTasks(…) before a task is revoked")
+    return results.revoker()
+
+
 class NoResults:
     """No store is set: whoever asks is told at once."""
 
+    revoker: Callable[[], Revoker] | None = None
     _TEXT = "result.backend is none: no task keeps a result. Set it to rpc:// or to a store"
 
     def track(self, task_id: str) -> Any:
@@ -83,6 +118,8 @@ class NoResults:
 class StoredResults:
     """Results in a store that all processes share."""
 
+    revoker: Callable[[], Revoker] | None = None
+
     def __init__(self, store: ResultStore) -> None:
         self._store = store
         self._poller = _Poller(store)
@@ -102,9 +139,10 @@ class StoredResults:
 
         def told(_task_id: str, encoded: bytes) -> None:
             try:
-                listener(decode_result(encoded))
+                meta = decode_result(encoded)
             except DecodeError:
                 return  # not a result: whoever waits goes on waiting
+            tell(listener, meta)
 
         if self._store.poll_seconds:
             return self._poller.listen(ids, told)
@@ -146,12 +184,18 @@ class _Poller:
 
     def __init__(self, store: ResultStore) -> None:
         self._store = store
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[set[str], Callable[[str, bytes], None], dict[str, bytes]]] = {}
         self._number = 0
         self._thread: threading.Thread | None = None
 
     def listen(self, ids: list[str], told: Callable[[str, bytes], None]) -> Callable[[], None]:
+        if self._pid != os.getpid():
+            self._reset()  # who waits in the parent does not wait here, and its lock may be held
         seen = {}
         for start in range(0, len(ids), self._BATCH):
             seen.update(self._store.get(ids[start : start + self._BATCH]))

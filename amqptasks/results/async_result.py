@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from amqptasks.errors import ConfigError, ResultUnavailable
 from amqptasks.protocol import jsontypes
 from amqptasks.protocol.results import ResultMeta
-from amqptasks.results.access import Results
+from amqptasks.results.access import Results, revoker_of
+from amqptasks.results.ancestry import lineage, members, written
 from amqptasks.results.raising import check_place, late, raise_remote
+from amqptasks.results.waiting import wait_async, wait_blocking
 from amqptasks.states import EXCEPTION_STATES, SUCCESS
 
-__all__ = ["AsyncResult", "GroupResult", "ResultSet", "from_handle", "use_results_of"]
+__all__ = ["AsyncResult", "Expected", "GroupResult", "ResultSet", "from_handle", "use_results_of"]
 
 R = TypeVar("R")
 
@@ -72,12 +74,20 @@ class AsyncResult(Generic[R]):
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
-    def get(self, timeout: float | None = None, *, propagate: bool = True, disable_sync_subtasks: bool = True) -> R:
+    def get(
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        interval: float | None = None,
+        *,
+        disable_sync_subtasks: bool = True,
+    ) -> R:
         """Wait for the task and return its value.
 
         Args:
             timeout: seconds; None waits for as long as it takes.
             propagate: False returns the exception of a task that failed, instead of raising it.
+            interval: Celery's, and not needed: the result tells, or its store knows how often to look.
             disable_sync_subtasks: False allows waiting inside a task, which can block all executors for ever.
 
         Raises:
@@ -87,50 +97,16 @@ class AsyncResult(Generic[R]):
             the task's exception: when it failed; `RemoteError` under its name when its class is not imported here.
         """
         check_place(disable_sync_subtasks)
-        value: R = self._value(self._wait(timeout), propagate)
+        wait_blocking(self.id, self._listen, self._is_gone, timeout)
+        value: R = self._value(self._meta(), propagate)
         return value
 
-    async def aget(self, timeout: float | None = None, *, propagate: bool = True) -> R:  # noqa: ASYNC109 - as `get`
+    async def aget(self, timeout: float | None = None, propagate: bool = True) -> R:  # noqa: ASYNC109 - as `get`
         """`get` for asyncio: never blocks the loop."""
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[ResultMeta | None] = loop.create_future()
-
-        def heard(meta: ResultMeta | None) -> None:
-            if not ready.done():
-                ready.set_result(meta)
-
-        def told(meta: ResultMeta) -> None:
-            if meta.ready or self._gone:
-                loop.call_soon_threadsafe(heard, meta)
-
-        stop = await asyncio.to_thread(self._listen, told)
-        try:
-            async with asyncio.timeout(timeout):
-                await ready
-        except TimeoutError:
-            raise late([self.id], timeout) from None
-        finally:
-            stop()
-        value: R = self._value(await asyncio.to_thread(self._meta), propagate)
+        value: R = self._value(await wait_async(self.id, self._listen, self._meta, self._is_gone, timeout), propagate)
         return value
 
-    def _wait(self, timeout: float | None) -> ResultMeta:
-        ready = threading.Event()
-
-        def told(meta: ResultMeta) -> None:
-            if meta.ready or self._gone:
-                ready.set()
-
-        stop = self._listen(told)
-        try:
-            if not ready.wait(timeout):
-                raise late([self.id], timeout)
-        finally:
-            stop()
-        return self._meta()
-
-    @property
-    def _gone(self) -> bool:
+    def _is_gone(self) -> bool:
         return getattr(self._token, "lost", None) is not None
 
     def _listen(self, told: Callable[[ResultMeta], None]) -> Callable[[], None]:
@@ -200,17 +176,23 @@ class AsyncResult(Generic[R]):
 
     def forget(self) -> None:
         """Drop the result, and what came before it in a chain."""
-        self._results.forget([self.id])
-        if self.parent is not None:
-            self.parent.forget()
+        for one in lineage(self):
+            self._results.forget([one.id] if isinstance(one, AsyncResult) else [part.id for part in one.results])
 
-    def revoke(self, terminate: bool = False) -> None:
-        """Not available in this version. Raises `NotImplementedError`."""
-        raise NotImplementedError("this version cannot revoke tasks")
+    def revoke(self, terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+        """Have it not run any more, wherever its message waits; with `terminate`, end it where it runs, too.
+
+        Returns after the broker's confirm; a worker that meets it makes it ``REVOKED``. Raises as `Control.revoke`.
+        """
+        revoker_of(self._results).revoke(self.id, terminate, signal)
+
+    async def arevoke(self, terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+        """`revoke` for asyncio."""
+        await revoker_of(self._results).arevoke(self.id, terminate, signal)
 
     def as_tuple(self) -> tuple[Any, Any]:
         """Celery's form of a handle: ``((id, parent), None)``."""
-        return (self.id, None if self.parent is None else self.parent.as_tuple()), None
+        return (self.id, written(self.parent)), None
 
     def __repr__(self) -> str:
         return f"<AsyncResult {self.id}>"
@@ -241,22 +223,31 @@ class ResultSet:
         return self.results[index]
 
     def get(
-        self, timeout: float | None = None, *, propagate: bool = True, disable_sync_subtasks: bool = True
+        self,
+        timeout: float | None = None,
+        propagate: bool = True,
+        interval: float | None = None,
+        *,
+        disable_sync_subtasks: bool = True,
     ) -> list[Any]:
-        """Wait for all and return their values in order. Raises as `AsyncResult.get`; `timeout` is for all of them."""
+        """Wait for all and return their values in order. As `AsyncResult.get`; `timeout` is for all of them."""
         end = None if timeout is None else time.monotonic() + timeout
         values = []
         for one in self.results:
             left = None if end is None else max(0.0, end - time.monotonic())
-            values.append(one.get(left, propagate=propagate, disable_sync_subtasks=disable_sync_subtasks))
+            values.append(one.get(left, propagate, disable_sync_subtasks=disable_sync_subtasks))
         return values
 
     join = get
 
-    async def aget(self, timeout: float | None = None, *, propagate: bool = True) -> list[Any]:  # noqa: ASYNC109 - as `get`
+    async def aget(self, timeout: float | None = None, propagate: bool = True) -> list[Any]:  # noqa: ASYNC109 - as `get`
         """`get` for asyncio."""
-        async with asyncio.timeout(timeout):
-            return [await one.aget(propagate=propagate) for one in self.results]
+        end = None if timeout is None else time.monotonic() + timeout
+        values = []
+        for one in self.results:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            values.append(await one.aget(left, propagate))
+        return values
 
     def iter(
         self, timeout: float | None = None, *, propagate: bool = True
@@ -268,10 +259,12 @@ class ResultSet:
         news: queue.SimpleQueue[str] = queue.SimpleQueue()
         stop = None
         if single:
+            for task in single.values():
+                task._check()
             first = next(iter(single.values()))
 
             def told(meta: ResultMeta) -> None:
-                if meta.ready or single[meta.task_id]._gone:
+                if meta.ready or single[meta.task_id]._is_gone():
                     news.put(meta.task_id)
 
             stop = first._results.listen(single, told)
@@ -310,6 +303,20 @@ class ResultSet:
     def waiting(self) -> bool:
         """Whether one of them has not ended."""
         return not self.ready()
+
+    def revoke(self, terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+        """`AsyncResult.revoke` of all, in one go."""
+        found = list(self._tasks())
+        if found:
+            revoker_of(found[0]._results).revoke([one.id for one in found], terminate, signal)
+
+    def _tasks(self) -> Iterator[AsyncResult[Any]]:
+        for one in self.results:
+            yield from one._tasks() if isinstance(one, ResultSet) else (one,)
+
+    async def arevoke(self, terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+        """`revoke` for asyncio."""
+        await asyncio.to_thread(self.revoke, terminate, signal)
 
     def forget(self) -> None:
         """Drop all results."""
@@ -353,8 +360,7 @@ class GroupResult(ResultSet):
 
     def as_tuple(self) -> tuple[Any, Any]:
         """Celery's form of a handle: ``((id, parent), [children])``."""
-        parent = None if self.parent is None else self.parent.as_tuple()
-        return (self.id, parent), [one.as_tuple() for one in self.results]
+        return (self.id, written(self.parent)), [one.as_tuple() for one in self.results]
 
     def __repr__(self) -> str:
         return f"<GroupResult {self.id} of {len(self.results)}>"
@@ -366,12 +372,27 @@ class GroupResult(ResultSet):
         return hash(self.id)
 
 
+class Expected(NamedTuple):
+    """What a caller knows of a task's result before it comes."""
+
+    #: Makes the value of its JSON.
+    convert: Callable[[Any], Any] | None = None
+    ignored: bool = False
+
+
+_ANYTHING = Expected()
+
+
 def from_handle(
-    handle: Any, results: Results, convert: Callable[[Any], Any] | None = None
+    handle: Any, results: Results, expected: Mapping[str, Expected] = MappingProxyType({})
 ) -> AsyncResult[Any] | GroupResult:
-    """The object of a handle in Celery's tuple form. `convert` is for a task's value."""
-    (id, parent), children = handle
-    before = None if parent is None else from_handle(parent, results)
-    if children is None:
-        return AsyncResult(id, results, parent=before, convert=convert)
-    return GroupResult(id, [from_handle(one, results) for one in children], before, results)
+    """The object of a handle in Celery's tuple form. `expected`: what is known of the tasks of these ids."""
+    made: AsyncResult[Any] | GroupResult | None = None
+    for id, children in reversed(members(handle)):
+        if children is None:
+            known = expected.get(id, _ANYTHING)
+            made = AsyncResult(id, results, parent=made, convert=known.convert, ignored=known.ignored)
+        else:
+            made = GroupResult(id, [from_handle(one, results, expected) for one in children], made, results)
+    assert made is not None
+    return made

@@ -10,10 +10,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
-__all__ = ["ResultStore", "StoredCallback"]
+from amqptasks.errors import DecodeError
+from amqptasks.protocol import jsontypes
+from amqptasks.states import READY_STATES, SUCCESS
+
+__all__ = ["ResultStore", "StoredCallback", "gives_way"]
 
 #: Called with a task's id and its encoded result, from any thread.
 StoredCallback = Callable[[str, bytes], None]
+
+
+def gives_way(old: bytes, *, ready: bool) -> bool:
+    """Whether a stored result is replaced by another one, which is ready or not."""
+    try:
+        status = jsontypes.loads(old)["status"]
+    except (DecodeError, LookupError, TypeError):
+        return True
+    return status not in READY_STATES or (ready and status != SUCCESS)
 
 
 class ResultStore(ABC):
@@ -38,7 +51,9 @@ class ResultStore(ABC):
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
         """Keep this as the task's result, in place of an earlier one, and tell who listens.
 
-        A result that is ready is never replaced by one that is not (``ready`` False: a progress or a retry).
+        ``SUCCESS`` is never replaced: what a duplicate comes to changes nothing, as with Celery. Another result that
+        is ready is replaced by one that is ready (a dead letter was sent again), and not by one that is not
+        (``ready`` False: a progress or a retry). See `gives_way`.
         """
 
     @abstractmethod

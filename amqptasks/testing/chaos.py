@@ -4,6 +4,9 @@
     FAULTS["leader killed"](scene, random.Random(seed))
 
 The proxy stands between the broker and whom it is to part from it. `amqptasks.testing.ledger` says what came of it.
+
+`FAULTS` are those of any scene with publishers; what must not be mixed with them stands apart: `DELETIONS` (messages go
+with their queue), `DISK_FAULTS` (want `Scene.disk`), `CLUSTER_FAULTS` (want `Scene.cluster`).
 """
 
 from __future__ import annotations
@@ -12,30 +15,64 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
+from amqptasks.broker.admin import queue_counts
+from amqptasks.config import BrokerSettings
+from amqptasks.testing.cluster import PrivateCluster
+from amqptasks.testing.disks import SmallDisk
 from amqptasks.testing.management import Management, ManagementError
 from amqptasks.testing.proxy import TcpProxy
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.workers import WorkerProcess
 
-__all__ = ["FAULTS", "Fault", "Scene"]
+__all__ = ["CLUSTER_FAULTS", "DELETIONS", "DISK_FAULTS", "FAULTS", "Fault", "Scene"]
 
 _LENGTH = 1.5
+#: For long enough that the nodes of a cluster and their clients give the silent one up.
+_LONG = 8.0
+#: A round trip in a far network, and a slow one.
+_DELAYS = (0.1, 0.5)
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """A queue was deleted between two moments (seconds of the epoch); `stood` messages stood in it at the first."""
+
+    counted: float
+    deleted: float
+    stood: int
 
 
 @dataclass
 class Scene:
-    """What faults are done to. `start` starts a worker in the place of one that has ended."""
+    """What faults are done to.
+
+    Attributes:
+        start: starts a worker in the place of one that has ended.
+        publishers: processes that publish, if there are any to kill.
+        start_publisher: starts a process that publishes in the place of one that has ended.
+        queue: what workers consume here.
+        deletions: what is known of each time that queue was deleted.
+        disk: what the node's data lies on. Let the alarm of that node (``disk_free_limit.absolute``) come too late.
+        cluster: what the node is one of.
+    """
 
     node: PrivateNode
     proxy: TcpProxy
     workers: list[WorkerProcess]
     start: Callable[[], WorkerProcess]
+    publishers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    start_publisher: Callable[[], subprocess.Popen[bytes]] | None = None
+    queue: str = "default"
+    deletions: list[Deletion] = field(default_factory=list)
+    disk: SmallDisk | None = None
+    cluster: PrivateCluster | None = None
 
     def replace(self, worker: WorkerProcess) -> None:
         """Start another worker for one that has ended."""
@@ -85,6 +122,26 @@ def terminate_worker(scene: Scene, dice: random.Random) -> None:
     scene.replace(worker)
 
 
+def kill_publisher(scene: Scene, dice: random.Random) -> None:
+    """SIGKILL to a process that publishes; another starts."""
+    if scene.publishers and scene.start_publisher is not None:
+        number = dice.randrange(len(scene.publishers))
+        scene.publishers[number].kill()
+        scene.publishers[number].wait(10)
+        scene.publishers[number] = scene.start_publisher()
+
+
+def freeze_publisher(scene: Scene, dice: random.Random) -> None:
+    """SIGSTOP for a moment: nobody reads confirms."""
+    if scene.publishers:
+        _frozen(dice.choice(scene.publishers).pid)
+
+
+def freeze_supervisor(scene: Scene, dice: random.Random) -> None:
+    """SIGSTOP for a moment: nobody replaces what ends."""
+    _frozen(dice.choice(scene.workers).process.pid)
+
+
 def freeze_executor(scene: Scene, dice: random.Random) -> None:
     """SIGSTOP for a moment."""
     _frozen(_one_of(dice, dice.choice(scene.workers).executors()))
@@ -105,6 +162,13 @@ def stall_connections(scene: Scene, dice: random.Random) -> None:
     scene.proxy.stall()
     time.sleep(_LENGTH)
     scene.proxy.resume()
+
+
+def delay_connections(scene: Scene, dice: random.Random) -> None:
+    """Everything comes late for a moment, as from another continent or over a bad line."""
+    scene.proxy.delay(dice.uniform(*_DELAYS))
+    time.sleep(_LENGTH)
+    scene.proxy.delay(0)
 
 
 def close_connections(scene: Scene, dice: random.Random) -> None:
@@ -140,18 +204,105 @@ def restart_broker(scene: Scene, dice: random.Random) -> None:
     scene.node.restart()
 
 
+def freeze_broker(scene: Scene, dice: random.Random) -> None:
+    """SIGSTOP to the node for a moment: its connections stay open, and nothing comes."""
+    scene.node.freeze()
+    time.sleep(_LENGTH)
+    scene.node.thaw()
+
+
+def revoke_permissions(scene: Scene, dice: random.Random) -> None:
+    """The user may do nothing for a moment. Connections are closed, since channels remember what was permitted."""
+    management = Management(scene.node.management_url)
+    management.permit(management.user, "^$", "^$", "^$")
+    close_connections(scene, dice)
+    time.sleep(_LENGTH)
+    management.permit(management.user)
+
+
+def delete_queue(scene: Scene, dice: random.Random) -> None:
+    """Delete the queue that workers consume, with what stands in it."""
+    management = Management(scene.node.management_url)
+    with contextlib.suppress(ManagementError):  # nobody has declared it anew yet
+        ready, unacked = management.counts(scene.queue)
+        counted = time.time()
+        # The management's count is as old as a quorum queue's last tick, the other one is not, but may be 0 (busy).
+        now = queue_counts(BrokerSettings.model_validate({"url": scene.node.url}), [scene.queue])[scene.queue]
+        stood = unacked + max(ready, now[0] if now else 0)
+        management.delete_queue(scene.queue)
+        scene.deletions.append(Deletion(counted, time.time(), stood))
+    time.sleep(_LENGTH)
+
+
+def fill_disk(scene: Scene, dice: random.Random) -> None:
+    """No byte is left for a moment. RabbitMQ before 4 takes messages again only after a restart, so it gets one."""
+    assert scene.disk is not None, "this fault wants a disk that can be filled"
+    scene.disk.fill(leave=0)
+    time.sleep(_LENGTH)
+    scene.disk.clear()
+    scene.node.restart()
+
+
+def _leading(scene: Scene) -> tuple[PrivateCluster, PrivateNode]:
+    assert scene.cluster is not None, "this fault wants a cluster"
+    return scene.cluster, scene.cluster.leader(scene.queue)
+
+
+def kill_node(scene: Scene, dice: random.Random) -> None:
+    """SIGKILL to the node that leads the queue, and a start after a while."""
+    cluster, node = _leading(scene)
+    node.kill()
+    time.sleep(_LENGTH)
+    node.start()
+    cluster.wait_complete()
+
+
+def part_node(scene: Scene, dice: random.Random) -> None:
+    """Part the node that leads the queue from the others for a while. Clients reach all of them."""
+    cluster, node = _leading(scene)
+    cluster.isolate(node)
+    time.sleep(_LONG)
+    cluster.rejoin(node)
+    cluster.wait_complete()
+
+
+def freeze_node(scene: Scene, dice: random.Random) -> None:
+    """SIGSTOP to the node that leads the queue for a while."""
+    cluster, node = _leading(scene)
+    node.freeze()
+    time.sleep(_LONG)
+    node.thaw()
+    cluster.wait_complete()
+
+
 FAULTS: dict[str, Fault] = {
     "executor killed": kill_executor,
     "leader killed": kill_leader,
     "worker killed": kill_worker,
     "worker terminated": terminate_worker,
+    "publisher killed": kill_publisher,
     "executor frozen": freeze_executor,
     "leader frozen": freeze_leader,
+    "supervisor frozen": freeze_supervisor,
+    "publisher frozen": freeze_publisher,
     "connections cut": cut_connections,
     "connections stalled": stall_connections,
+    "connections delayed": delay_connections,
     "connections closed by the broker": close_connections,
+    "permissions revoked": revoke_permissions,
     "memory alarm": memory_alarm,
     "disk alarm": disk_alarm,
+    "broker frozen": freeze_broker,
     "broker killed": kill_broker,
     "broker restarted": restart_broker,
+}
+
+DELETIONS: dict[str, Fault] = {"queue deleted": delete_queue}
+
+DISK_FAULTS: dict[str, Fault] = {"disk full": fill_disk}
+
+CLUSTER_FAULTS: dict[str, Fault] = {
+    "leading node killed": kill_node,
+    "leading node parted from the others": part_node,
+    "leading node frozen": freeze_node,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -14,17 +15,25 @@ from amqptasks.testing.waiting import wait_until
 
 __all__ = ["PrivateCluster"]
 
+_WRONG = "parted"
+
 
 class PrivateCluster:
     """Nodes that form one cluster and pause when they are in the minority. Use it as a context manager.
+
+    Args:
+        application: settings of the Erlang application ``rabbit``, as `PrivateNode` takes them.
 
     Attributes:
         nodes: each can be stopped, killed and started alone.
         urls: AMQP URLs of the default virtual host, one a node.
     """
 
-    def __init__(self, size: int = 3, *, version: str | None = None) -> None:
-        suffix, cookie, epmd_port = secrets.token_hex(3), secrets.token_hex(16), free_port()
+    def __init__(
+        self, size: int = 3, *, version: str | None = None, application: Mapping[str, int] | None = None
+    ) -> None:
+        suffix, epmd_port = secrets.token_hex(3), free_port()
+        self._cookie = cookie = secrets.token_hex(16)
         names = [f"node{number}-{suffix}@localhost" for number in range(1, size + 1)]
         config = {
             "cluster_partition_handling": "pause_minority",
@@ -32,7 +41,10 @@ class PrivateCluster:
             **{f"cluster_formation.classic_config.nodes.{n}": name for n, name in enumerate(names, 1)},
         }
         self.nodes = [
-            PrivateNode(name, config=config, version=version, epmd_port=epmd_port, cookie=cookie) for name in names
+            PrivateNode(
+                name, config=config, version=version, epmd_port=epmd_port, cookie=cookie, application=application
+            )
+            for name in names
         ]
 
     @property
@@ -73,6 +85,21 @@ class PrivateCluster:
             return all(sum(bool(one.get("running")) for one in nodes) == len(self.nodes) for nodes in found)
 
         wait_until(complete, timeout, "all nodes of the cluster run", pause=0.2)
+
+    def isolate(self, node: PrivateNode) -> None:
+        """Part a node from the others, as a broken network does; clients still reach it. Until `rejoin`.
+
+        It gets another cookie, and nodes without a common cookie do not talk (Erlang, distributed protocol).
+        """
+        node.rabbitmqctl(
+            "eval",
+            f"erlang:set_cookie('{_WRONG}'), erlang:set_cookie(node(), '{_WRONG}'), "
+            "[erlang:disconnect_node(Other) || Other <- nodes()].",
+        )
+
+    def rejoin(self, node: PrivateNode) -> None:
+        """End what `isolate` began."""
+        node.rabbitmqctl("--erlang-cookie", _WRONG, "eval", f"erlang:set_cookie(node(), '{self._cookie}').")
 
     def leader(self, queue: str, vhost: str = "/") -> PrivateNode:
         """The node that leads a quorum queue."""

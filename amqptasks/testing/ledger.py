@@ -1,12 +1,17 @@
-"""The ledger: what was really executed, told by the tasks themselves. One `O_APPEND` write a line.
+"""The ledger: what was really promised and executed, told by those who did it. One `O_APPEND` write a line.
 
-A task calls `record(self.request.id, "done")`; the file is named by the environment variable ``LEDGER``. Afterwards
-`Ledger.judge` says what was lost, run again, or run too early.
+The file is named by the environment variable ``LEDGER``. Whoever publishes calls `record_confirmed` as soon as a call
+has returned, a task `record(self.request.id, "done")` as its last act; neither loses its line when it is killed
+afterwards. `Ledger.judge` says what was lost, run again, run too early, dead-lettered, or never acknowledged:
+
+    verdict = Ledger(path).judge(dead=ids_in_dead_letter_queues, held=messages_left_in_queues)
+    assert verdict.flawless, verdict
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections import Counter
@@ -14,9 +19,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PATH_VARIABLE", "Entry", "Judgement", "Ledger", "record"]
+__all__ = ["PATH_VARIABLE", "Entry", "Judgement", "Ledger", "record", "record_confirmed"]
 
 PATH_VARIABLE = "LEDGER"
+_CONFIRMED = "confirmed="
 
 
 def record(task_id: str | None, event: str, attempt: int = 1) -> None:
@@ -27,6 +33,11 @@ def record(task_id: str | None, event: str, attempt: int = 1) -> None:
         os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
+
+
+def record_confirmed(task_id: str, not_before: float) -> None:
+    """Add that a call has returned, and so was confirmed; its task may not run before that second of the epoch."""
+    record(task_id, f"{_CONFIRMED}{not_before:.6f}")
 
 
 @dataclass(frozen=True)
@@ -42,12 +53,32 @@ class Entry:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of the tasks that were sent. `pause` is the longest time in seconds without any that ended."""
+    """What became of the tasks whose call had returned.
+
+    Attributes:
+        lost: neither ended nor set aside.
+        gone: the same, but they may have stood in a queue when it was deleted.
+        dead: all that stand in a dead-letter queue, though they may have ended too.
+        kept: all that came when their queue was not there, and wait as unroutable.
+        held: so many messages the broker has still: nobody acknowledged them.
+        early: ended before they were due.
+        again: so many more runs ended than there are tasks.
+        pause: the longest time in seconds in which no task ended.
+    """
 
     lost: frozenset[str]
     again: int
     early: frozenset[str]
     pause: float
+    dead: frozenset[str] = frozenset()
+    held: int = 0
+    gone: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def flawless(self) -> bool:
+        """Whether nothing happened that must not, where all tasks work and nobody deletes a queue: some ran again."""
+        return not (self.lost or self.gone or self.early or self.dead or self.kept or self.held)
 
 
 class Ledger:
@@ -68,23 +99,59 @@ class Ledger:
         """The ids that have a line of this event."""
         return {entry.task_id for entry in self.entries(event)}
 
-    def judge(self, sent: Mapping[str, float], dead: Collection[str] = (), event: str = "done") -> Judgement:
-        """Compare with what was sent: task id -> the time (seconds of the epoch) before which it may not run.
+    def confirmed(self) -> dict[str, float]:
+        """What publishers have recorded: task id -> the second of the epoch before which it may not run."""
+        return {
+            entry.task_id: float(entry.event.removeprefix(_CONFIRMED))
+            for entry in self.entries()
+            if entry.event.startswith(_CONFIRMED)
+        }
 
-        `dead` are the ids in dead-letter queues; only what is neither there nor has ended is lost.
+    def clear(self) -> None:
+        """Begin anew. Who writes goes on with a new file."""
+        self.path.unlink(missing_ok=True)
+
+    def judge(
+        self,
+        sent: Mapping[str, float] | None = None,
+        dead: Collection[str] = (),
+        event: str = "done",
+        *,
+        kept: Collection[str] = (),
+        held: int = 0,
+        deleted: float = 0.0,
+        until: float = math.inf,
+    ) -> Judgement:
+        """Compare what was promised with what has ended.
+
+        Args:
+            sent: task id -> the second of the epoch before which it may not run; by default what is `confirmed`.
+            dead: the ids in dead-letter queues.
+            event: what tasks record when they end.
+            kept: the ids in queues for what is unroutable.
+            held: how many messages the broker has still, when it should have none.
+            deleted: when a queue was deleted. What was due before may have stood in it.
+            until: when there was work no more. A pause after it is none.
         """
+        promised = self.confirmed() if sent is None else sent
         runs: Counter[str] = Counter()
         early, times = set(), []
         for entry in self.entries(event):
-            if entry.task_id in sent:
+            if entry.task_id in promised:
                 runs[entry.task_id] += 1
                 times.append(entry.at)
-                if entry.at < sent[entry.task_id]:
+                if entry.at < promised[entry.task_id]:
                     early.add(entry.task_id)
-        times.sort()
+        times = sorted([one for one in times if one < until] + ([until] if until < math.inf else []))
+        missing = frozenset(promised) - set(runs) - set(dead) - set(kept)
+        gone = frozenset(one for one in missing if promised[one] <= deleted)
         return Judgement(
-            lost=frozenset(sent) - set(runs) - set(dead),
+            lost=missing - gone,
             again=sum(count - 1 for count in runs.values()),
             early=frozenset(early),
             pause=max((later - sooner for sooner, later in itertools.pairwise(times)), default=0.0),
+            dead=frozenset(dead),
+            held=held,
+            gone=gone,
+            kept=frozenset(kept),
         )

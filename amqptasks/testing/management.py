@@ -137,7 +137,9 @@ class Management:
             if error.status != 404:
                 raise
 
-    def set_policy(self, name: str, pattern: str, definition: dict[str, Any], apply_to: str = "queues") -> None:
-        """Create or change a policy."""
-        body = {"pattern": pattern, "definition": definition, "apply-to": apply_to}
-        self.request("PUT", self._path("policies", name), body)
+    def set_policy(
+        self, name: str, pattern: str, definition: dict[str, Any], *, operator: bool = False, priority: int = 0
+    ) -> None:
+        """Create or change a policy, or an operator policy."""
+        body = {"pattern": pattern, "definition": definition, "apply-to": "queues", "priority": priority}
+        self.request("PUT", self._path("operator-policies" if operator else "policies", name), body)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -65,11 +67,16 @@ def install_rabbitmq() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of the loopback that nobody uses at this moment.
+
+    Below those that the system gives to connections (32768 and above, on Linux): one of them might be a connection's by
+    the time that somebody listens.
+    """
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class PrivateNode:
@@ -80,6 +87,7 @@ class PrivateNode:
         epmd_port, cookie: what nodes of one cluster share; its own by default.
         config: more lines of ``rabbitmq.conf``; ``{folder}`` in a value is the node's own folder.
         files: name -> content of more files in that folder.
+        application: more settings of the Erlang application ``rabbit``, which ``rabbitmq.conf`` does not know.
         tune: statistics twice a second, for tests that look at them.
         version: a version of `amqptasks.testing.trees.SUITES`; by default ``$AMQPTASKS_TEST_RABBITMQ``, else the
             installed one.
@@ -96,6 +104,7 @@ class PrivateNode:
         plugins: Sequence[str] = ("rabbitmq_management",),
         config: Mapping[str, str] | None = None,
         files: Mapping[str, bytes] | None = None,
+        application: Mapping[str, int] | None = None,
         tune: bool = True,
         version: str | None = None,
         epmd_port: int | None = None,
@@ -114,14 +123,17 @@ class PrivateNode:
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}/"
         self.management_url = f"http://guest:guest@127.0.0.1:{self.management_port}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._write_files(plugins, config or {}, tune=tune)
+        ticks = {"quorum_tick_interval": _TICK} if tune else {}
+        self._write_files(plugins, config or {}, {**ticks, **(application or {})}, tune=tune)
         for file, content in (files or {}).items():
             (self.folder / file).write_bytes(content)
 
     def _command(self, *command: str) -> list[str]:
         return list(command) if self._tree is None else self._tree.command(self.folder, *command)
 
-    def _write_files(self, plugins: Sequence[str], config: Mapping[str, str], *, tune: bool) -> None:
+    def _write_files(
+        self, plugins: Sequence[str], config: Mapping[str, str], application: Mapping[str, int], *, tune: bool
+    ) -> None:
         home = self.folder / "home"
         home.mkdir()
         cookie = home / ".erlang.cookie"
@@ -154,7 +166,7 @@ class PrivateNode:
             "RABBITMQ_GENERATED_CONFIG_DIR": str(self.folder / "generated"),
             "RABBITMQ_PID_FILE": str(self.folder / "pid"),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}"
-            + (f" -rabbit quorum_tick_interval {_TICK}" if tune else ""),
+            + "".join(f" -rabbit {key} {value}" for key, value in application.items()),
         }
 
     def __enter__(self) -> Self:
@@ -226,6 +238,25 @@ class PrivateNode:
         """Stop and start."""
         self.stop()
         self.start()
+
+    def freeze(self) -> None:
+        """SIGSTOP to its Erlang machine: connections stay, and nobody answers. Until `thaw`."""
+        self._to_beam(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._to_beam(signal.SIGCONT)
+
+    @property
+    def pid(self) -> int:
+        """Of the Erlang machine. Raises `NodeError` where none runs."""
+        beam = self._beam(self._process.pid) if self._process is not None else None
+        if beam is None:
+            raise NodeError(f"{self.name} does not run")
+        return beam
+
+    def _to_beam(self, number: signal.Signals) -> None:
+        _signal(self.pid, number)
 
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None

@@ -1,4 +1,4 @@
-"""Private servers for tests of result stores, on free ports and in folders of their own.
+"""Private servers for tests of result stores and metrics, on free ports and in folders of their own.
 
 Installed from the distribution where they are missing (as root on Debian and Ubuntu).
 """
@@ -14,49 +14,27 @@ import subprocess
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+import psutil
+
 from amqptasks.testing.rabbitmq import NodeError, free_port
 
-__all__ = ["MariaDBServer", "MemcachedServer", "PostgresServer", "RedisServer", "Server"]
+__all__ = ["MariaDBServer", "MemcachedServer", "PostgresServer", "Program", "PrometheusServer", "RedisServer", "Server"]
 
 _START_SECONDS = 60.0
 
 
-class Server(ABC):
-    """One server. Use it as a context manager, or `start` and `stop` it."""
+class Program:
+    """A program of the distribution's."""
 
-    #: Debian's package, the program to look for, where else it may be, and the user that it runs as (not root).
+    #: Debian's package, the program to look for, and where else it may be.
     package: ClassVar[str]
     program: ClassVar[str]
     homes: ClassVar[str] = ""
-    user: ClassVar[str] = ""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.folder = Path(tempfile.mkdtemp(prefix=f"amqptasks-{self.program}-"))
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_set_up = False
-
-    @property
-    @abstractmethod
-    def url(self) -> str:
-        """As in ``result.backend``."""
-
-    @abstractmethod
-    def command(self) -> list[str]:
-        """What starts it in the foreground."""
-
-    @abstractmethod
-    def ready_command(self) -> list[str] | None:
-        """What exits 0 when it takes clients; None: when its port is open."""
-
-    def set_up(self) -> None:  # noqa: B027 - some have nothing to set up
-        """Make its data folder."""
-
-    # -- life -----------------------------------------------------------------------------------------------------
 
     @classmethod
     def find(cls, program: str) -> str:
@@ -83,6 +61,37 @@ class Server(ABC):
                 done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
                     raise NodeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}") from None
+
+
+class Server(Program, ABC):
+    """One server. Use it as a context manager, or `start` and `stop` it."""
+
+    #: The user that it runs as (not root).
+    user: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.folder = Path(tempfile.mkdtemp(prefix=f"amqptasks-{self.program}-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_set_up = False
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """As in ``result.backend``."""
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """What starts it in the foreground."""
+
+    @abstractmethod
+    def ready_command(self) -> list[str] | None:
+        """What exits 0 when it takes clients; None: when its port is open."""
+
+    def set_up(self) -> None:
+        """Make its data folder."""
+
+    # -- life -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start it and wait until it takes clients. Raises `NodeError` with the end of its log."""
@@ -113,6 +122,24 @@ class Server(ABC):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait(20)
+
+    def freeze(self) -> None:
+        """SIGSTOP to all its processes: connections stay, its kernel acknowledges, and nobody answers. Until `thaw`."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None:
+            raise NodeError(f"{self.program} does not run")
+        # PostgreSQL's processes are each a group of their own. First the one that makes the others.
+        own = psutil.Process(self._process.pid)
+        own.send_signal(number)
+        for one in own.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
 
     def __enter__(self) -> Self:
         try:
@@ -272,3 +299,42 @@ class MemcachedServer(Server):
                 return True
         except OSError:
             return False
+
+
+class PrometheusServer(Server):
+    """Prometheus, with its `promtool`.
+
+    Args:
+        target: ``host:port`` of what it scrapes, each second.
+        rules: a rule file.
+    """
+
+    package, program = "prometheus", "prometheus"
+
+    def __init__(self, target: str, rules: Path) -> None:
+        super().__init__()
+        self._target = target
+        self._rules = rules
+
+    @property
+    def url(self) -> str:
+        """Of its API."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def set_up(self) -> None:
+        """Its configuration."""
+        (self.folder / "prometheus.yml").write_text(
+            "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+            f"rule_files: ['{self._rules}']\n"
+            f"scrape_configs: [{{job_name: worker, static_configs: [{{targets: ['{self._target}']}}]}}]\n"
+        )
+
+    def command(self) -> list[str]:
+        """What starts it."""
+        data, listen = self.folder / "data", f"127.0.0.1:{self.port}"
+        options = [f"--config.file={self.folder / 'prometheus.yml'}", f"--storage.tsdb.path={data}"]
+        return [self.find("prometheus"), *options, f"--web.listen-address={listen}"]
+
+    def ready_command(self) -> list[str]:
+        """What tells that it runs."""
+        return ["promtool", "query", "instant", self.url, "vector(1)"]

@@ -33,7 +33,7 @@ class Tree:
     def command(self, folder: Path, *command: str) -> list[str]:
         """The command inside the tree, in a mount namespace of its own where `folder` has the same path as outside."""
         inside = f"{self.root}{folder}"
-        script = f"mkdir -p {inside} && mount --bind {folder} {inside} && mount -t proc proc {self.root}/proc && "
+        script = f"mkdir -p {inside} && mount --rbind {folder} {inside} && mount -t proc proc {self.root}/proc && "
         script += f'exec chroot --userspec={self.uid}:{self.gid} {self.root} "$@"'
         return ["unshare", "--mount", "sh", "-c", script, "sh", *command]
 

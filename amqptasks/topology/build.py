@@ -6,8 +6,9 @@ The order keeps messages safe while a topology comes up: a queue is bound to the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from amqptasks.config.models import QueueSettings, Settings
 from amqptasks.errors import ConfigError
@@ -21,7 +22,21 @@ from amqptasks.topology.delays import (
 )
 from amqptasks.topology.entities import Arguments, Binding, Exchange, Queue, Topology, freeze_arguments
 
-__all__ = ["build_topology", "dead_letter_exchange", "dead_letter_queue", "due_queue", "joins_queue", "queue_arguments"]
+__all__ = [
+    "beat_queue",
+    "build_topology",
+    "dead_letter_exchange",
+    "dead_letter_queue",
+    "due_entity",
+    "due_queue",
+    "exact_limits",
+    "joins_queue",
+    "queue_arguments",
+    "rate_entities",
+    "rate_queue",
+    "refuses_when_full",
+    "revoked_queue",
+]
 
 #: Types of the exchanges that every virtual host has.
 BUILT_IN_EXCHANGES = {
@@ -31,6 +46,13 @@ BUILT_IN_EXCHANGES = {
     "amq.headers": "headers",
     "amq.match": "headers",
 }
+CONSUMER_TIMEOUT, DELIVERY_LIMIT = "x-consumer-timeout", "x-delivery-limit"
+#: -1 says the same to RabbitMQ 4 only.
+_NO_LIMIT = 1_000_000
+#: People look at dead letters more often than this.
+TOO_FEW_DELIVERIES = 1000
+#: 30 days for the parts of a chord, which are acknowledged when it is complete.
+_JOIN_SECONDS = 30 * 86400
 #: RabbitMQ 4.3 refuses them, and 3.12 and later need neither.
 REMOVED_ARGUMENTS = frozenset({"x-queue-mode", "x-queue-version"})
 
@@ -55,8 +77,51 @@ def joins_queue(prefix: str) -> str:
     return f"{prefix}.joins"
 
 
-def build_topology(settings: Settings) -> Topology:
+def beat_queue(prefix: str) -> str:
+    """Name of the queue that holds the schedule's state, and whose active consumer is the beat that leads."""
+    return f"{prefix}.beat"
+
+
+def revoked_queue(prefix: str) -> str:
+    """Name of the stream that keeps the revokes."""
+    return f"{prefix}.revoked"
+
+
+def rate_queue(prefix: str, task: str, scope: str) -> str:
+    """Name of the queue in which a task's messages wait for what its rate limit lets pass."""
+    return f"{prefix}.rate.{task}" if scope == "cluster" else f"{prefix}.rate.@{scope}.{task}"
+
+
+def rate_entities(prefix: str, task: str, scope: str) -> tuple[Queue, Binding]:
+    """That queue, and what leads to it. Raises ConfigError for a task whose name is too long."""
+    name = rate_queue(prefix, task, scope)
+    if len(name.encode()) > 255:
+        raise ConfigError(f"task {task:.60}…: a name with a rate limit has {255 - len(prefix) - 14} bytes at most")
+    table = {
+        "x-queue-type": "quorum",
+        # What is held when its holder dies comes back, however often.
+        "x-delivery-limit": 1_000_000,
+        "x-single-active-consumer": True if scope == "cluster" else None,
+    }
+    origin = f"tasks.{task}.rate_limit"
+    queue = Queue(name, arguments=freeze_arguments(table), origin=origin)
+    return queue, Binding(prefix, name, routing_key=name, origin=origin)
+
+
+def exact_limits(settings: Settings) -> dict[str, str]:
+    """Task -> scope of the rate limits that the settings give to whole names, without a glob: all that is known of
+    tasks where their code is not."""
+    return {
+        name: task.rate_limit_scope
+        for name, task in settings.tasks.items()
+        if task.rate_limit is not None and not any(sign in name for sign in "*?[")
+    }
+
+
+def build_topology(settings: Settings, limited: Mapping[str, str] = MappingProxyType({})) -> Topology:
     """The topology of these settings. The same settings give the same topology, in the same order.
+
+    `limited` names the tasks with a rate limit and its scope, ``cluster`` or ``worker``.
 
     Raises ConfigError when a queue's or exchange's name is one that amqptasks needs for itself, or when the delay
     ladder cannot carry a queue's name.
@@ -66,7 +131,8 @@ def build_topology(settings: Settings) -> Topology:
         _check_name(name)
     rungs = ladder(prefix)
     exchanges = [*_own_exchanges(prefix), *rungs.exchanges, *_user_exchanges(settings)]
-    queues = [_unroutable_queue(prefix), *rungs.queues, _joins_queue(prefix)]
+    held = (joins_queue(prefix), beat_queue(prefix))
+    queues = [_unroutable_queue(prefix), *rungs.queues, *map(_held_queue, held), _revoked_queue(prefix)]
     for name, queue in settings.queues.items():
         queues.extend(_queues_of(prefix, name, queue))
     bindings = [Binding(unroutable_exchange(prefix), unroutable_exchange(prefix), origin="topology.prefix")]
@@ -76,8 +142,12 @@ def build_topology(settings: Settings) -> Topology:
             dlx, dlq = dead_letter_exchange(prefix), dead_letter_queue(name)
             bindings.append(Binding(dlx, dlq, routing_key=name, origin=f"queues.{name}.dead_letter"))
     work = list(_work_bindings(settings))
-    joins = joins_queue(prefix)
-    bindings.append(Binding(prefix, joins, routing_key=joins, origin="topology.prefix"))
+    for inner in (*held, revoked_queue(prefix)):
+        bindings.append(Binding(prefix, inner, routing_key=inner, origin="topology.prefix"))
+    for task, scope in sorted(limited.items()):
+        waiting, way = rate_entities(prefix, task, scope)
+        queues.append(waiting)
+        bindings.append(way)
     bindings += [mirror for binding in work if (mirror := _mirror(settings, binding)) is not None]
     bindings += work
     _refuse_double(exchanges, "exchange")
@@ -126,6 +196,7 @@ def queue_arguments(prefix: str, name: str, queue: QueueSettings) -> Arguments:
     """A work queue's arguments: type, dead-lettering, limits, then the user's own `arguments`, which win.
 
     Classic queues refuse ``x-dead-letter-strategy`` and ``x-delivery-limit`` (406), quorum queues ``x-max-priority``.
+    What a version of RabbitMQ refuses is left out when it is declared (`amqptasks.broker.versions`).
     """
     quorum = queue.kind == "quorum"
     limited = queue.max_length is not None or queue.max_length_bytes is not None
@@ -138,10 +209,10 @@ def queue_arguments(prefix: str, name: str, queue: QueueSettings) -> Arguments:
         "x-max-length": queue.max_length,
         "x-max-length-bytes": queue.max_length_bytes,
         "x-overflow": overflow,
+        CONSUMER_TIMEOUT: _milliseconds(queue.consumer_timeout),
     }
     if quorum:
-        table["x-delivery-limit"] = queue.delivery_limit
-        table["x-consumer-timeout"] = _milliseconds(queue.consumer_timeout)
+        table[DELIVERY_LIMIT] = queue.delivery_limit
     if queue.dead_letter.enabled:
         table["x-dead-letter-exchange"] = dead_letter_exchange(prefix)
         # A message that came down the ladder carries the ladder's key, which the exchange could not route.
@@ -158,26 +229,53 @@ def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1000)
 
 
-def _refuses_when_full(arguments: Arguments) -> bool:
+def refuses_when_full(arguments: Arguments) -> bool:
+    """Whether a queue with these refuses what it has no room for."""
     table = dict(arguments)
     limited = "x-max-length" in table or "x-max-length-bytes" in table
     return limited and table.get("x-overflow", "drop-head") != "drop-head"
 
 
 def _unroutable_queue(prefix: str) -> Queue:
-    arguments = freeze_arguments({"x-queue-type": "quorum"})
-    return Queue(unroutable_exchange(prefix), arguments=arguments, origin="topology.prefix")
+    return _kept(unroutable_exchange(prefix), {"x-queue-type": "quorum"}, "topology.prefix")
 
 
-def _joins_queue(prefix: str) -> Queue:
-    """Parts stay unacknowledged until their chord is complete, and all parts of a chord must meet in one process."""
+def _kept(name: str, table: Mapping[str, object], origin: str) -> Queue:
+    """A queue whose messages people look at, and put back.
+
+    RabbitMQ 4.0 to 4.2 count that as a failed delivery, and drop a quorum queue's message at the 21st look.
+    """
+    if table["x-queue-type"] != "quorum":
+        return Queue(name, arguments=freeze_arguments(table), origin=origin)
+    arguments = freeze_arguments({**table, DELIVERY_LIMIT: _NO_LIMIT})
+    return Queue(name, arguments=arguments, defaults=frozenset({DELIVERY_LIMIT}), origin=origin)
+
+
+def _held_queue(name: str) -> Queue:
+    """A queue whose messages one process holds unacknowledged, all of them.
+
+    Parts of chords until their chord is complete, since they must meet in one process; the schedule's state always.
+    """
     table = {
         "x-queue-type": "quorum",
         "x-single-active-consumer": True,
-        # Each process that dies while it holds parts counts as a failed delivery; RabbitMQ 4.0 drops them at 20.
-        "x-delivery-limit": 1_000_000,
+        # Each process that dies while it holds messages counts as a failed delivery; RabbitMQ 4.0 drops them at 20.
+        DELIVERY_LIMIT: _NO_LIMIT,
+        CONSUMER_TIMEOUT: _JOIN_SECONDS * 1000,
     }
-    return Queue(joins_queue(prefix), arguments=freeze_arguments(table), origin="topology.prefix")
+    defaults = frozenset({CONSUMER_TIMEOUT})
+    return Queue(name, arguments=freeze_arguments(table), defaults=defaults, origin="topology.prefix")
+
+
+def _revoked_queue(prefix: str) -> Queue:
+    """A stream: every worker reads all of it. What is too old or too much goes, a segment of a megabyte at a time."""
+    table = {
+        "x-queue-type": "stream",
+        "x-max-age": "60D",
+        "x-max-length-bytes": 32 * 1024 * 1024,
+        "x-stream-max-segment-size-bytes": 1024 * 1024,
+    }
+    return Queue(revoked_queue(prefix), arguments=freeze_arguments(table), origin="topology.prefix")
 
 
 def _queues_of(prefix: str, name: str, queue: QueueSettings) -> Iterator[Queue]:
@@ -190,14 +288,16 @@ def _queues_of(prefix: str, name: str, queue: QueueSettings) -> Iterator[Queue]:
             "x-max-length": letters.max_length,
         }
         origin = f"queues.{name}.dead_letter"
-        yield Queue(dead_letter_queue(name), arguments=freeze_arguments(table), origin=origin)
+        yield _kept(dead_letter_queue(name), table, origin)
     arguments = queue_arguments(prefix, name, queue)
-    if _refuses_when_full(arguments):
-        yield _due_queue(prefix, name)
-    yield Queue(name, durable=queue.durable, arguments=arguments, origin=f"queues.{name}")
+    if refuses_when_full(arguments):
+        yield due_entity(prefix, name)
+    asked = "consumer_timeout" in queue.model_fields_set or CONSUMER_TIMEOUT in queue.arguments
+    defaults = frozenset() if asked else frozenset({CONSUMER_TIMEOUT})
+    yield Queue(name, durable=queue.durable, arguments=arguments, defaults=defaults, origin=f"queues.{name}")
 
 
-def _due_queue(prefix: str, name: str) -> Queue:
+def due_entity(prefix: str, name: str) -> Queue:
     """Takes due messages off the ladder for a queue that may be full.
 
     Each level has one dead-letter worker with 32 messages in flight: 32 messages that their target refuses would
@@ -268,7 +368,7 @@ def _mirror(settings: Settings, binding: Binding) -> Binding | None:
     if len(pattern.encode()) > 255:
         return None
     queue = settings.queues[binding.destination]
-    full = _refuses_when_full(queue_arguments(prefix, binding.destination, queue))
+    full = refuses_when_full(queue_arguments(prefix, binding.destination, queue))
     destination = due_queue(prefix, binding.destination) if full else binding.destination
     return Binding(deliver_exchange(prefix), destination, routing_key=pattern, origin=binding.origin)
 

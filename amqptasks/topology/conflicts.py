@@ -147,9 +147,16 @@ def _deletion(conflict: Conflict, vhost: str) -> str:
     name = conflict.entity.name
     if conflict.kind == "exchange":
         return "delete the exchange (management UI; its bindings go with it, and publishing fails meanwhile)"
+    if _is_users(conflict.entity):
+        return f"replace it and keep its messages (`amqptasks topology migrate {shlex.quote(name)}`)"
     option = "" if vhost == "/" else f"-p {shlex.quote(vhost)} "
     command = f"rabbitmqctl {option}delete_queue {shlex.quote(name)}"
     return f"delete the queue once it is empty (management UI, or `{command}`)"
+
+
+def _is_users(entity: Exchange | Queue) -> bool:
+    """Whether it is a work queue of the settings, or its dead-letter queue."""
+    return entity.origin in (f"queues.{entity.name}", f"queues.{entity.name.removesuffix('.dlq')}.dead_letter")
 
 
 def _in_yaml(conflicts: Sequence[Conflict]) -> str | None:

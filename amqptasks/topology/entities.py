@@ -36,13 +36,17 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue (AMQP 0-9-1, queue.declare). `arguments` holds its type: ``x-queue-type``."""
+    """A queue (AMQP 0-9-1, queue.declare). `arguments` holds its type: ``x-queue-type``.
+
+    Those named in `defaults` nobody asked for: a queue that stands with other values of them is taken as it is.
+    """
 
     name: str
     durable: bool = True
     exclusive: bool = False
     auto_delete: bool = False
     arguments: Arguments = ()
+    defaults: frozenset[str] = field(default=frozenset(), compare=False)
     origin: str = field(default="", compare=False)
 
     @property

@@ -5,16 +5,51 @@ from __future__ import annotations
 from enum import Enum
 
 from amqptasks.broker.consumer import Incoming
-from amqptasks.events import TaskFailed
-from amqptasks.execution.job import Job
-from amqptasks.outcome import Failed, Reason
+from amqptasks.errors import PublishError
+from amqptasks.events import TaskFailed, TaskRetrying, TaskRevoked
+from amqptasks.execution.job import Job, header_retries
+from amqptasks.outcome import Failed, Reason, Retrying
+from amqptasks.protocol.task import PUBLISHED_HEADER, REPLAYS_HEADER
 
-__all__ = ["CRASHES_HEADER", "VERDICT_HEADER", "Delivery", "Stage", "failure_event", "header_crashes", "header_verdict"]
+__all__ = [
+    "CRASHES_HEADER",
+    "HOME_HEADER",
+    "PASSED_HEADER",
+    "TURN_HEADER",
+    "VERDICT_HEADER",
+    "Delivery",
+    "Key",
+    "Stage",
+    "Told",
+    "failure_event",
+    "header_crashes",
+    "header_verdict",
+    "retry_event",
+]
 
 #: How many executors this message has cost so far. It travels with the message, so that it survives every process.
 CRASHES_HEADER = "x-amqptasks-crashes"
 #: (exception, message) of a task that must not run: the body of a chord that failed.
 VERDICT_HEADER = "x-amqptasks-verdict"
+#: The queue that a message came from when it went to wait for its turn, and goes back to.
+HOME_HEADER = "x-amqptasks-home"
+#: Names its wait there: one name for each time that it waits.
+TURN_HEADER = "x-amqptasks-turn"
+#: When its turn had come, in milliseconds of the epoch: the rate limit lets it run.
+PASSED_HEADER = "x-amqptasks-passed"
+
+
+#: What tells a message from others of the same task id. `x-death` the broker writes before it delivers, and not again.
+_TELLING = (
+    "id",
+    "retries",
+    CRASHES_HEADER,
+    PASSED_HEADER,
+    PUBLISHED_HEADER,
+    REPLAYS_HEADER,
+    "x-death",
+)
+Key = tuple[str, ...]
 
 
 class Stage(Enum):
@@ -26,6 +61,14 @@ class Stage(Enum):
     SETTLED = "settled"
 
 
+class Told(Enum):
+    """What monitors have heard of a delivery."""
+
+    NOTHING = "nothing"
+    RECEIVED = "received"
+    STARTED = "started"
+
+
 class Delivery:
     """One message that this worker holds.
 
@@ -34,7 +77,19 @@ class Delivery:
     connection was lost and the broker delivers the message again while its task still runs here.
     """
 
-    __slots__ = ("epoch", "incoming", "number", "queue", "stage", "tag", "unconfirmed", "verdict")
+    __slots__ = (
+        "epoch",
+        "incoming",
+        "limits",
+        "number",
+        "queue",
+        "refused",
+        "stage",
+        "tag",
+        "told",
+        "unconfirmed",
+        "verdict",
+    )
 
     def __init__(self, incoming: Incoming, queue: str) -> None:
         self.number = 0
@@ -43,8 +98,13 @@ class Delivery:
         self.tag = incoming.tag
         self.epoch = incoming.epoch
         self.stage = Stage.WAITING
+        self.told = Told.NOTHING
         #: Messages of its outcome that are not confirmed yet.
         self.unconfirmed = 0
+        #: Why one of them was not taken, and will not be.
+        self.refused: PublishError | None = None
+        #: (hard, soft) seconds that were set for its task while the worker runs.
+        self.limits: tuple[float | None, float | None] | None = None
         #: What is decided already: an executor only says so to those who wait.
         self.verdict: Failed | None = None
 
@@ -54,10 +114,19 @@ class Delivery:
         return self.incoming.properties.headers or {}
 
     @property
-    def key(self) -> tuple[object, object, int]:
-        """What a redelivery of the same message has in common with this one. After intake found the headers sound."""
-        headers = self.headers
-        return headers.get("id"), headers.get("retries"), header_crashes(headers)
+    def key(self) -> Key:
+        """What a redelivery of the same message has in common with this one, and no other message has.
+
+        A task may be sent again under its id: by a caller, by a replay, by a retry. Each is another message, told by
+        its own counts, and by when it was published. One that came down the delay ladder, or has passed its rate limit,
+        is another one than before: that one was moved, this one is to run.
+        """
+        # As text: what a stranger sends as an id may be a list.
+        return tuple(str(self.headers.get(name)) for name in _TELLING)
+
+    def is_call(self, task_id: str) -> bool:
+        """Whether it is the call of this id, and not decided already."""
+        return self.verdict is None and self.headers.get("id") == task_id
 
     def adopt(self, again: Incoming) -> None:
         """The broker delivered the message again: settle that delivery instead."""
@@ -79,6 +148,8 @@ class Delivery:
             incoming.redelivered,
             incoming.body,
             None if self.verdict is None else (str(self.verdict.reason), self.verdict.exception, self.verdict.message),
+            None if self.verdict is None else self.verdict.signum,
+            self.limits,
         )
 
 
@@ -89,15 +160,21 @@ def header_verdict(headers: dict[str, object]) -> Failed:
     return Failed(Reason.FAILED, "ChordError", text)
 
 
-def failure_event(delivery: Delivery, failed: Failed) -> TaskFailed:
+def failure_event(delivery: Delivery, failed: Failed) -> TaskFailed | TaskRevoked:
     """What the log and the monitors hear of a message that failed without running to its end."""
     headers = delivery.headers
     retries = headers.get("retries")
+    task, task_id = str(headers.get("task"))[:200], str(headers.get("id"))[:200]
+    attempt = (retries if isinstance(retries, int) else 0) + 1
+    if failed.reason in (Reason.REVOKED, Reason.EXPIRED):
+        expired = failed.reason is Reason.EXPIRED
+        signum = failed.signum
+        return TaskRevoked(task, task_id, delivery.queue, attempt, signum is not None, signum, expired, failed.message)
     return TaskFailed(
-        str(headers.get("task"))[:200],
-        str(headers.get("id"))[:200],
+        task,
+        task_id,
         delivery.queue,
-        (retries if isinstance(retries, int) else 0) + 1,
+        attempt,
         0.0,
         failed.reason,
         failed.message,
@@ -105,6 +182,14 @@ def failure_event(delivery: Delivery, failed: Failed) -> TaskFailed:
         None,
         expected=True,
     )
+
+
+def retry_event(delivery: Delivery, retrying: Retrying) -> TaskRetrying:
+    """What the log hears of a task that was killed, and runs again."""
+    headers = delivery.headers
+    attempt = header_retries(headers) + 1
+    task, task_id = str(headers.get("task")), str(headers.get("id"))
+    return TaskRetrying(task, task_id, delivery.queue, attempt, 0.0, retrying.delay, retrying.message)
 
 
 def header_crashes(headers: dict[str, object]) -> int:

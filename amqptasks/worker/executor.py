@@ -6,35 +6,43 @@ broker as a worker; a task that publishes opens the application's publisher like
 
 from __future__ import annotations
 
-import asyncio
+import importlib
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from amqptasks.app import AmqpTasks
-from amqptasks.errors import SoftTimeLimitExceeded
 from amqptasks.events import Bus, ExecutorStarted, ExecutorStopping
 from amqptasks.execution.followups import FollowUps
-from amqptasks.execution.job import Job
+from amqptasks.execution.interrupts import Interrupts, ThreadInterrupts, alarm
 from amqptasks.execution.reports import Reporter
-from amqptasks.execution.runner import Runner
+from amqptasks.execution.runner import Runner, SoftLimit
 from amqptasks.message import Envelope
+from amqptasks.protocol.events import custom_event
+from amqptasks.request import Request
 from amqptasks.worker.cell import Cell
+from amqptasks.worker.coroutines import AsyncCrew, run_loop
+from amqptasks.worker.crew import Crew, run_crew
+from amqptasks.worker.event_switch import EventSwitch
+from amqptasks.worker.greenlets import GreenletInterrupts
+from amqptasks.worker.outbox import Outbox
 from amqptasks.worker.process import set_title
 from amqptasks.worker.wire import FrameReader, Report, pack_reports, report_of, returned, state_of, unpack_jobs
 
-__all__ = ["ExecutorSetup", "run_executor"]
+__all__ = ["REPORT_SIGNAL", "ExecutorSetup", "run_executor"]
 
 _READ = 1 << 18
 #: Outcomes are sent when so many are there, or so many seconds passed, or the batch is done. What is not sent when a
 #: later task of the batch kills the process runs again, so the time is short.
 _FLUSH_COUNT = 64
-_FLUSH_SECONDS = 0.001
+_FLUSH_SECONDS = 0.005
+#: From the leader: say what has ended, the task that runs now takes long.
+REPORT_SIGNAL = signal.SIGRTMIN + 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +55,7 @@ class ExecutorSetup:
     hostname: str
     pool: str
     concurrency: int
-
-
-#: A year. The system's timers end with its clock's type.
-_LONGEST_ALARM = 365 * 86400.0
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `SoftTimeLimitExceeded` in the block after `seconds` (SIGALRM, so on the main thread)."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise SoftTimeLimitExceeded(f"{seconds:g} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, min(seconds, _LONGEST_ALARM))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+    events: EventSwitch
 
 
 def run_executor(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> int:
@@ -74,10 +63,10 @@ def run_executor(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> in
     set_title(f"amqptasks:{setup.queue}")
     setup.bus.emit(ExecutorStarted(setup.queue))
     try:
-        if setup.pool == "asyncio":
-            asyncio.run(_AsyncLoop(setup, channel).run())
-        else:
+        if setup.pool in ("process", "solo"):
             _one_at_a_time(setup, channel, cell)
+        else:
+            _many_at_once(setup, channel, cell)
     except (BrokenPipeError, ConnectionResetError):
         return 0  # the leader is gone: the broker gives the work to others
     finally:
@@ -85,98 +74,147 @@ def run_executor(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> in
     return 0
 
 
-def _runner(setup: ExecutorSetup, send_state: Callable[[int, Envelope], None], ran: Callable[[], None]) -> Runner:
+def _runner(
+    setup: ExecutorSetup,
+    soft_limit: SoftLimit,
+    send_state: Callable[[int, Envelope], None],
+    ran: Callable[[], None] = lambda: None,
+    again: Callable[[int], None] = lambda _tag: None,
+) -> Runner:
     app = setup.app
     settings = app.settings
     reporter = Reporter(replies=settings.result.backend.startswith("rpc://"), store=app.result_store)
+
+    def send_event(request: Request, kind: str, fields: Mapping[str, Any]) -> None:
+        clock = setup.events.tick()
+        send_state(0, custom_event(kind, setup.hostname, os.getpid(), clock, request.id, fields))
+
+    Request.on_event = staticmethod(send_event)
     return Runner(
         app.tasks,
         settings,
         queue=setup.queue,
         hostname=setup.hostname,
         bus=setup.bus,
-        soft_limit=_alarm,
+        soft_limit=soft_limit,
         reporter=reporter,
         follow=FollowUps(app.calls, app.tasks.get, reporter, settings.topology.prefix),
         send_state=send_state,
         ran=ran,
+        again=again,
+        keys=app.calls.keys,
+        coroutines=setup.pool != "gevent",
+        describe=lambda: setup.events.on,
     )
 
 
-def _one_at_a_time(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> None:
-    def send_state(tag: int, message: Envelope) -> None:
-        channel.sendall(pack_reports([state_of(tag, message)]))
+def _die_when_condemned(cell: Cell) -> None:
+    """A signal for the process group is the supervisor's to act on; one for the task that runs ends it."""
 
-    runner, bus = _runner(setup, send_state, cell.end), setup.bus
-    frames = FrameReader()
+    def act(signum: int, frame: FrameType | None) -> None:
+        if cell.condemned:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, act)
+
+
+class _Reports:
+    """What an executor of one task at a time has to report; sent in batches.
+
+    A task that takes long keeps what ended before it from being sent. Then the leader asks for it, by a signal, which
+    is acted on wherever the task runs Python, or waits.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._writing = False
+        self.waiting: list[Report] = []
+        #: Whether a task runs, so that nobody else changes `waiting`.
+        self.running = False
+        signal.signal(REPORT_SIGNAL, self._asked)
+        signal.siginterrupt(REPORT_SIGNAL, False)
+
+    def _asked(self, signum: int, frame: FrameType | None) -> None:
+        if self.running and self.waiting and not self._writing:
+            # Half a frame would be the end: no soft limit is raised meanwhile.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGALRM,))
+            try:
+                self.send()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def send(self) -> None:
+        """Send what waits."""
+        reports, self.waiting = self.waiting, []
+        self.write(reports)
+
+    def write(self, reports: list[Report]) -> None:
+        """Send these now."""
+        self._writing = True
+        try:
+            self._channel.sendall(pack_reports(reports))
+        finally:
+            self._writing = False
+
+
+def _one_at_a_time(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> None:
+    reports = _Reports(channel)
+    _die_when_condemned(cell)
     monotonic = time.monotonic
+    runner = _runner(
+        setup,
+        alarm,
+        lambda tag, message: reports.write([state_of(tag, message)]),
+        cell.end,
+        lambda tag: cell.begin(tag, monotonic()),
+    )
+    bus = setup.bus
+    frames = FrameReader()
     while data := channel.recv(_READ):
         for frame in frames.feed(data):
             lease, jobs = unpack_jobs(frame)
-            reports: list[Report] = []
             flushed = monotonic()
             for job in jobs:
                 now = monotonic()
                 if now > lease:
                     # A task before this one took long: the leader gives the rest to an executor that is free.
-                    reports.append(returned(job.tag))
+                    reports.waiting.append(returned(job.tag))
                     continue
-                if reports and (len(reports) >= _FLUSH_COUNT or now - flushed > _FLUSH_SECONDS):
-                    channel.sendall(pack_reports(reports))
-                    reports, flushed = [], now
+                if reports.waiting and (len(reports.waiting) >= _FLUSH_COUNT or now - flushed > _FLUSH_SECONDS):
+                    reports.send()
+                    flushed = now = monotonic()
                 cell.begin(job.tag, now)
+                # Marked first, then looked: the leader takes back what is not marked when the lease has ended, and this
+                # process, or the leader that it writes to, may have stood still meanwhile.
+                if monotonic() > lease:
+                    cell.end()
+                    reports.waiting.append(returned(job.tag))
+                    continue
+                reports.running = True
                 outcome, runtime = runner.run(job)
-                reports.append(report_of(job.tag, outcome, runtime))
+                reports.running = False
+                reports.waiting.append(report_of(job.tag, outcome, runtime))
             cell.end()
             bus.flush()
-            channel.sendall(pack_reports(reports))
+            reports.send()
 
 
-class _AsyncLoop:
-    """Runs jobs as asyncio tasks on one loop, and sends their outcomes once a turn of the loop."""
+def _many_at_once(setup: ExecutorSetup, channel: socket.socket, cell: Cell) -> None:
+    outbox = Outbox(channel, cell, setup.bus)
 
-    def __init__(self, setup: ExecutorSetup, channel: socket.socket) -> None:
-        self._runner = _runner(setup, self._send_state, lambda: None)
-        self._channel = channel
-        self._bus = setup.bus
-        self._reports: list[Report] = []
-        self._running: set[asyncio.Task[None]] = set()
-        self._done = asyncio.Event()
+    def send_state(tag: int, message: Envelope) -> None:
+        outbox.add(state_of(tag, message))
+        outbox.flush()
 
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._loop = loop
-        self._channel.setblocking(False)
-        frames = FrameReader()
-        while data := await loop.sock_recv(self._channel, _READ):
-            for frame in frames.feed(data):
-                _, jobs = unpack_jobs(frame)
-                for job in jobs:
-                    task = loop.create_task(self._one(job))
-                    self._running.add(task)
-                    task.add_done_callback(self._running.discard)
-
-    async def _one(self, job: Job) -> None:
-        outcome, runtime = await self._runner.run_async(job)
-        self._report(report_of(job.tag, outcome, runtime))
-
-    def _report(self, report: Report) -> None:
-        if not self._reports:
-            self._loop.call_soon(self._flush)
-        self._reports.append(report)
-
-    def _send_state(self, tag: int, message: Envelope) -> None:
-        # From any thread: plain functions run beside the loop.
-        self._loop.call_soon_threadsafe(self._report, state_of(tag, message))
-
-    def _flush(self) -> None:
-        reports, self._reports = self._reports, []
-        self._bus.flush()
-        self._channel.setblocking(True)
-        try:
-            # Blocks only when the leader has stopped reading, and then nothing better can be done.
-            self._channel.sendall(pack_reports(reports))
-        except OSError:
-            os._exit(0)
-        finally:
-            self._channel.setblocking(False)
+    if setup.pool == "gevent":
+        interrupts: Interrupts = GreenletInterrupts(importlib.import_module("gevent"))
+    else:
+        interrupts = ThreadInterrupts()
+    runner = _runner(setup, interrupts.soft_limit, send_state)
+    crew = Crew(runner, interrupts, outbox)
+    if setup.pool == "asyncio":
+        run_loop(channel, AsyncCrew(runner, setup.app.tasks, crew, outbox, setup.bus))
+    else:
+        run_crew(channel, crew)

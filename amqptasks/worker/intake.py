@@ -9,9 +9,11 @@ from typing import Any
 from amqptasks.errors import DecodeError
 from amqptasks.execution.job import header_limits, header_retries
 from amqptasks.outcome import Failed, Outcome, Postponed, Reason
+from amqptasks.protocol.signing import Keyring
 from amqptasks.protocol.task import parse_time
+from amqptasks.worker.delivery import VERDICT_HEADER, Delivery
 
-__all__ = ["examine"]
+__all__ = ["disbelieved", "examine"]
 
 #: An `eta` that is nearer than this runs at once: a trip through the broker would take as long.
 _ETA_TOLERANCE = 0.002
@@ -42,13 +44,28 @@ def examine(headers: dict[str, Any] | None, tasks: Container[str], *, now: datet
             return Failed(Reason.EXPIRED, "Expired", f"expired at {expires.isoformat()}")
         if eta is not None and (wait := (eta - now).total_seconds()) > _ETA_TOLERANCE:
             return Postponed(wait)
-    if name not in tasks:
+    if name not in tasks and VERDICT_HEADER not in headers:  # what is decided runs nothing
         return Failed(
             Reason.UNKNOWN_TASK,
             "UnknownTask",
             f"no task is named {name!r:.200}: is its module in `include`, and is this worker's code new enough?",
         )
     return None
+
+
+def disbelieved(keys: Keyring | None, delivery: Delivery) -> Outcome | None:
+    """The outcome of a message whose signature is missing or wrong; None for others, and where nothing is signed.
+
+    An executor checks every message before it reads the body. This is for those with which the leader itself does
+    something: refuse, postpone, settle by what it remembers.
+    """
+    if keys is None:
+        return None
+    incoming, properties = delivery.incoming, delivery.incoming.properties
+    problem = keys.problem(
+        delivery.headers, properties.content_type, properties.correlation_id, properties.reply_to, incoming.body
+    )
+    return None if problem is None else Failed(Reason.REJECTED, "SignatureError", problem)
 
 
 def _undecodable(message: str) -> Failed:

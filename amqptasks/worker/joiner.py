@@ -18,15 +18,15 @@ import structlog
 
 from amqptasks.broker.consumer import Consumer, Incoming
 from amqptasks.calls import Calls
-from amqptasks.canvas import from_dict
-from amqptasks.canvas.plan import expand
-from amqptasks.errors import AmqpTasksError, DecodeError, PublishError
+from amqptasks.errors import DecodeError, PublishError
 from amqptasks.message import Envelope
+from amqptasks.outcome import Reason
 from amqptasks.protocol import jsontypes
 from amqptasks.protocol.results import error_from_wire
 from amqptasks.states import SUCCESS
-from amqptasks.topology.build import joins_queue
-from amqptasks.worker.delivery import VERDICT_HEADER
+from amqptasks.topology.build import dead_letter_exchange, joins_queue
+from amqptasks.worker.bodies import Bodies
+from amqptasks.worker.chords import Chord, Held
 from amqptasks.worker.finished import Finished
 
 __all__ = ["Joiner"]
@@ -34,7 +34,7 @@ __all__ = ["Joiner"]
 _TICK_SECONDS = 5.0
 _REOPEN_SECONDS = 1.0
 _MISSING_SECONDS = 15.0
-_RETRY_FIRST, _RETRY_MAX = 0.5, 30.0
+_BUNDLE_SECONDS, _REFUSE_SECONDS = 0.5, 30.0
 _log = structlog.get_logger("amqptasks.worker")
 
 
@@ -42,43 +42,14 @@ _log = structlog.get_logger("amqptasks.worker")
 _PREFETCH, _BUNDLE_ABOVE, _BUNDLE_PARTS, _BUNDLE_BYTES = 65_535, 20_000, 1_000, 4 * 1024 * 1024
 
 
-class _Held:
-    """One unacknowledged message, and how many chords' parts in it still wait."""
-
-    __slots__ = ("acknowledged", "epoch", "part", "size", "tag", "waiting")
-
-    def __init__(self, incoming: Incoming) -> None:
-        self.tag, self.epoch, self.size = incoming.tag, incoming.epoch, len(incoming.body)
-        self.waiting = 0
-        self.acknowledged = False
-        #: (chord, part) of a message that holds one part.
-        self.part: tuple[str, int] | None = None
-
-
-class _Chord:
-    """The parts of one chord that came so far."""
-
-    __slots__ = ("body", "failure", "held", "parts", "sent", "since", "size", "unconfirmed")
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self.body = body
-        self.size = int(body.get("chord_size") or 0)
-        self.parts: dict[int, Any] = {}
-        self.held: list[_Held] = []
-        #: Why it fails; None while it does not.
-        self.failure: str | None = None
-        self.since = time.monotonic()
-        #: Whether body, or failure, is on its way.
-        self.sent = False
-        self.unconfirmed = 0
-
-
 class Joiner:
     """The parts of chords. Belongs to the leader's loop.
 
     Args:
         calls: makes the body's message.
+        home: the queue of this leader.
         publish: publishes an envelope and calls back with None when it is confirmed, or with the error.
+        declared: whether exchange and routing key belong to the topology, so that what is missing comes back.
         lifetime: seconds after which a chord that is not complete fails.
     """
 
@@ -86,10 +57,12 @@ class Joiner:
         self,
         calls: Calls,
         prefix: str,
+        home: str,
         *,
         lifetime: float,
         publish: Callable[[Envelope, Callable[[PublishError | None], None]], None],
         call_later: Callable[[float, Callable[[], None]], Any],
+        declared: Callable[[str, str], bool],
     ) -> None:
         self._calls = calls
         self._lifetime = lifetime
@@ -97,11 +70,21 @@ class Joiner:
         self._call_later = call_later
         self._connection: Any = None
         self._stopped = False
-        self._chords: dict[str, _Chord] = {}
-        self._sending: dict[str, _Chord] = {}
+        self._bodies = Bodies(
+            calls,
+            prefix,
+            home,
+            publish=publish,
+            call_later=call_later,
+            declared=declared,
+            on_confirmed=self._confirmed,
+            on_refused=self._fail_for_good,
+        )
+        self._chords: dict[str, Chord] = {}
+        self._sending: dict[str, Chord] = {}
         self._finished = Finished(self._to_own_queue, call_later, lifetime=lifetime)
         #: Messages of one part, oldest first, to be bundled when there are too many.
-        self._singles: deque[_Held] = deque()
+        self._singles: deque[Held] = deque()
         self._bundling = False
         self._prefix = prefix
         self._consumer = Consumer(
@@ -114,8 +97,15 @@ class Joiner:
     def up(self, connection: Any) -> None:
         """Consume on this connection."""
         self._connection = connection
-        if not self._stopped:
+        if not self._stopped and self._may_join():
             self._consumer.open(connection)
+
+    def _may_join(self) -> bool:
+        keys = self._calls.keys
+        if keys is None or keys.can_sign:
+            return True
+        _log.info("Chords are left to other workers: this one has no key to sign their bodies with")
+        return False
 
     def down(self, reason: str) -> None:
         """The connection is gone, and with it every part that was not acknowledged."""
@@ -151,17 +141,19 @@ class Joiner:
             return
         self._call_later(_TICK_SECONDS, self._tick)
         self._finished.tick()
-        now = time.monotonic()
-        for group_id, chord in list(self._chords.items()):
+        now = time.time()
+        for chord in list(self._chords.values()):
             if now - chord.since > self._lifetime:
-                text = f"{len(chord.parts)} of {chord.size} parts came within {self._lifetime:g} s"
-                self._fail(group_id, chord, text)
-                self._settle(group_id, chord)
+                self._fail_for_good(chord, f"{len(chord.parts)} of {chord.size} parts came within {self._lifetime:g} s")
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def _message(self, incoming: Incoming) -> None:
-        held = _Held(incoming)
+        held = Held(incoming)
+        problem = self._disbelieved(incoming)
+        if problem is not None:
+            self._refuse(held, incoming, problem)
+            return
         try:
             table = jsontypes.loads(incoming.body)
             if "done" in table:
@@ -170,7 +162,7 @@ class Joiner:
             if "chords" in table:
                 for group_id, one in table["chords"].items():
                     for index, value in one["parts"]:
-                        self._part(held, group_id, int(index), value, one["failure"], one["chord"])
+                        self._part(held, group_id, int(index), value, one["failure"], one)
             else:
                 group_id, index, value = str(table["group"]), int(table["index"]), table["result"]
                 held.part = group_id, index
@@ -178,7 +170,7 @@ class Joiner:
                 if table["state"] != SUCCESS:
                     error = error_from_wire(value)
                     failure = f"part {index} of the chord, task {table['task_id']}, failed: {error!r}"
-                self._part(held, group_id, index, value, failure, table["chord"])
+                self._part(held, group_id, index, value, failure, table)
         except (DecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
             _log.error("Not a part of a chord; dropped", queue=self._consumer.queue, error=str(error)[:200])
         if held.waiting == 0:
@@ -188,26 +180,63 @@ class Joiner:
             if len(self._singles) > _BUNDLE_ABOVE and not self._bundling:
                 self._bundle()
 
+    def _disbelieved(self, incoming: Incoming) -> str | None:
+        """Why a message is not to be believed: what it says becomes a task, which this process signs."""
+        keys, properties = self._calls.keys, incoming.properties
+        if keys is None:
+            return None
+        headers = properties.headers or {}
+        if "task" in headers:
+            return "a task's message is no part of a chord"
+        return keys.problem(
+            headers, properties.content_type, properties.correlation_id, properties.reply_to, incoming.body
+        )
+
+    def _refuse(self, held: Held, incoming: Incoming, problem: str) -> None:
+        """Keep what is not believed where dead letters go whose queue has none for them."""
+        _log.error("Not a part of a chord that we signed; kept as unroutable", queue=self._consumer.queue, why=problem)
+        properties = incoming.properties
+        letter = Envelope(
+            dead_letter_exchange(self._prefix),
+            self._consumer.queue,
+            incoming.body,
+            content_type=properties.content_type,
+            headers={"x-task-reason": str(Reason.REJECTED), "x-task-exception-message": problem},
+            message_id=properties.message_id,
+            correlation_id=properties.correlation_id,
+        )
+
+        def done(error: PublishError | None) -> None:
+            if error is None:
+                self._ack(held)
+            else:
+                self._call_later(_REFUSE_SECONDS, lambda: self._publish(letter, done))
+
+        self._publish(letter, done)
+
     def _part(
-        self, held: _Held, group_id: str, index: int, value: Any, failure: str | None, body: Mapping[str, Any]
+        self, held: Held, group_id: str, index: int, value: Any, failure: str | None, table: Mapping[str, Any]
     ) -> None:
         if group_id in self._finished:
             return
         chord = self._sending.get(group_id) or self._chords.get(group_id)
         if chord is None:
-            chord = self._chords[group_id] = _Chord(body)
+            chord = self._chords[group_id] = Chord(group_id, table["chord"])
+        sent = table.get("time")
+        if isinstance(sent, int | float):
+            chord.since = min(chord.since, sent)
         chord.held.append(held)
         held.waiting += 1
         chord.parts.setdefault(index, value)
         if failure is not None:
-            self._fail(group_id, chord, failure)
+            self._fail(chord, failure)
         if len(chord.parts) >= chord.size and group_id in self._chords:
             if not chord.sent:
-                self._complete(group_id, chord)
+                self._bodies.send(chord, [chord.parts[index] for index in sorted(chord.parts)])
             if chord.sent:
-                self._settle(group_id, chord)
+                self._settle(chord)
 
-    def _marker(self, held: _Held, done: Mapping[str, float]) -> None:
+    def _marker(self, held: Held, done: Mapping[str, float]) -> None:
         self._finished.message(done, lambda: self._ack(held))
         for group_id in done:
             # Parts that came again before the marker did.
@@ -216,14 +245,14 @@ class Joiner:
                 self._let_go(chord)
 
     def _to_own_queue(self, table: Mapping[str, Any], done: Callable[[PublishError | None], None]) -> None:
-        self._publish(
-            Envelope(self._prefix, self._consumer.queue, jsontypes.dumps(table), correlation_id=str(uuid.uuid4())), done
-        )
+        body = jsontypes.dumps(table)
+        envelope = Envelope(self._prefix, self._consumer.queue, body, correlation_id=str(uuid.uuid4()))
+        self._publish(self._calls.signed(envelope), done)
 
     def _bundle(self) -> None:
         """Put the oldest parts into one message, and acknowledge theirs when it is confirmed."""
         chords: dict[str, Any] = {}
-        batch: list[_Held] = []
+        batch: list[Held] = []
         size = 0
         while self._singles and len(batch) < _BUNDLE_PARTS and size < _BUNDLE_BYTES:
             held = self._singles.popleft()
@@ -232,7 +261,9 @@ class Joiner:
             chord = self._chords.get(group_id)
             if held.acknowledged or chord is None:
                 continue
-            one = chords.setdefault(group_id, {"chord": chord.body, "failure": chord.failure, "parts": []})
+            one = chords.setdefault(
+                group_id, {"chord": chord.body, "failure": chord.failure, "time": chord.since, "parts": []}
+            )
             one["parts"].append([index, chord.parts[index]])
             batch.append(held)
             size += held.size
@@ -248,77 +279,52 @@ class Joiner:
                 return
             _log.error("Parts of chords cannot be bundled; trying again", error=str(error))
             self._singles.extendleft(reversed(batch))
-            self._call_later(_RETRY_FIRST, self._bundle)
+            self._call_later(_BUNDLE_SECONDS, self._bundle)
 
         self._to_own_queue({"chords": chords}, done)
 
-    def _ack(self, held: _Held) -> None:
+    def _ack(self, held: Held) -> None:
         if not held.acknowledged:
             held.acknowledged = True
             self._consumer.send_ack(held.tag, held.epoch, multiple=False)
 
-    def _complete(self, group_id: str, chord: _Chord) -> None:
-        results = [chord.parts[index] for index in sorted(chord.parts)]
-        self._send(group_id, chord, results, None)
+    def _fail(self, chord: Chord, why: str) -> str | None:
+        """The body does not run: its message says so to a worker, which tells those who wait, once: with that the chord
+        is done, and parts that are outstanding are dropped when they come. Returns why it cannot be sent."""
+        if chord.sent:
+            return None
+        chord.failure = why = why[:2000]
+        _log.error("Chord failed", group_id=chord.group_id, body=chord.body.get("task"), reason=why[:500])
+        problem = self._bodies.send(chord, [], why)
+        if problem is None:
+            self._settle(chord)
+        return problem
 
-    def _fail(self, group_id: str, chord: _Chord, why: str) -> None:
-        """The body does not run: its message says so to the worker, which tells those who wait."""
-        if not chord.sent:
-            chord.failure = why[:2000]
-            _log.error("Chord failed", group_id=group_id, body=chord.body.get("task"), reason=why[:500])
-            self._send(group_id, chord, [], why[:2000])
+    def _fail_for_good(self, chord: Chord, why: str) -> None:
+        """It is done with, though its body was not taken, or no message of it can be made."""
+        chord.sent = False
+        problem = self._fail(chord, why)
+        if problem is not None:
+            self._bodies.tell(chord, f"its body cannot be sent: {problem}")
+        self._settle(chord)
 
-    def _send(self, group_id: str, chord: _Chord, results: list[Any], verdict: str | None) -> None:
-        chord.sent = True
-        try:
-            sent = expand(from_dict(chord.body), (results,))
-            for one in sent:
-                if verdict is not None:
-                    one.options.pop("countdown", None)
-                    one.options.pop("eta", None)
-                    one.options["headers"] = {
-                        **(one.options.get("headers") or {}),
-                        VERDICT_HEADER: ["ChordError", verdict],
-                    }
-            envelopes = [one.envelope for one in self._calls.prepare_all(sent, check=False)]
-        except (AmqpTasksError, ValueError, TypeError, AttributeError) as error:
-            # Its parts stay where they are, for a worker whose settings know the body's queue.
-            _log.error(
-                "A chord's body cannot be sent; its parts wait for a worker that can",
-                group_id=group_id,
-                body=chord.body.get("task"),
-                error=str(error)[:500],
-            )
-            chord.sent = False
-            return
-        chord.unconfirmed = len(envelopes)
-        for envelope in envelopes:
-            self._attempt(group_id, chord, envelope, _RETRY_FIRST)
+    def _confirmed(self, chord: Chord) -> None:
+        if chord.group_id in self._sending:
+            self._settle(chord)
 
-    def _attempt(self, group_id: str, chord: _Chord, envelope: Envelope, pause: float) -> None:
-        def done(error: PublishError | None) -> None:
-            if error is None:
-                chord.unconfirmed -= 1
-                if chord.unconfirmed == 0 and group_id in self._sending:
-                    self._finished.add(group_id, lambda: self._done(group_id, chord))
-                return
-            _log.error("A chord's body cannot be published; trying again", group_id=group_id, error=str(error))
-            self._call_later(pause, lambda: self._attempt(group_id, chord, envelope, min(pause * 2, _RETRY_MAX)))
+    def _settle(self, chord: Chord) -> None:
+        """What its parts led to is decided: acknowledge them when that is confirmed."""
+        self._chords.pop(chord.group_id, None)
+        self._sending[chord.group_id] = chord
+        if chord.unconfirmed == 0 and not chord.settled:
+            chord.settled = True
+            self._finished.add(chord.group_id, lambda: self._done(chord))
 
-        self._publish(envelope, done)
-
-    def _settle(self, group_id: str, chord: _Chord) -> None:
-        """All parts are here: acknowledge them when what they led to is confirmed."""
-        self._chords.pop(group_id, None)
-        self._sending[group_id] = chord
-        if chord.unconfirmed == 0:
-            self._finished.add(group_id, lambda: self._done(group_id, chord))
-
-    def _done(self, group_id: str, chord: _Chord) -> None:
-        self._sending.pop(group_id, None)
+    def _done(self, chord: Chord) -> None:
+        self._sending.pop(chord.group_id, None)
         self._let_go(chord)
 
-    def _let_go(self, chord: _Chord) -> None:
+    def _let_go(self, chord: Chord) -> None:
         for held in chord.held:
             held.waiting -= 1
             if held.waiting == 0:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["fork_child", "open_descriptors", "set_title"]
+from amqptasks.worker.stacks import dump_on_signal
+
+__all__ = ["die_with_parent", "fork_child", "ignore_group_signals", "open_descriptors", "set_title"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -42,6 +44,12 @@ def _nothing(signum: int, frame: object) -> None:
     """A handler in Python rather than SIG_IGN: programs that a task starts get the default back."""
 
 
+def ignore_group_signals() -> None:
+    """A signal to the process group (Ctrl-C, a service manager) is the supervisor's to act on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, _nothing)
+
+
 def fork_child(main: Callable[[], int], *, keep: Iterable[int]) -> int:
     """Fork; in the child close all descriptors but `keep`, and run `main`, whose value is the exit code.
 
@@ -63,15 +71,11 @@ def _child(main: Callable[[], int], parent: int, keep: Iterable[int]) -> NoRetur
         # Objects of the parent's stay as they are: collecting a socket whose descriptor is closed (and used anew)
         # would close somebody else's.
         gc.freeze()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            # A signal to the process group (Ctrl-C, a service manager) is the supervisor's to act on.
-            signal.signal(number, _nothing)
+        ignore_group_signals()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        dump_on_signal()
         signal.set_wakeup_fd(-1)
-        if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(0)  # the parent died between fork and prctl
+        die_with_parent(parent, signal.SIGKILL)
         _close_all_but(keep)
         code = main()
     except SystemExit as stop:
@@ -84,6 +88,14 @@ def _child(main: Callable[[], int], parent: int, keep: Iterable[int]) -> NoRetur
             sys.stderr.flush()
         finally:
             os._exit(code)
+
+
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Get this signal when `parent`, which has just forked this process, ends; leave where it has ended already."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)  # it died between fork and prctl
 
 
 def set_title(title: str) -> None:

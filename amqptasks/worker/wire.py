@@ -13,52 +13,77 @@ from typing import Any
 
 from amqptasks.execution.job import Job
 from amqptasks.message import Envelope
-from amqptasks.outcome import Discarded, Failed, GivenBack, Lost, Outcome, Postponed, Reason, Retrying, Succeeded
+from amqptasks.outcome import (
+    Discarded,
+    Failed,
+    GivenBack,
+    Lost,
+    Outcome,
+    Postponed,
+    RateLimited,
+    Reason,
+    Retrying,
+    Succeeded,
+)
 
 __all__ = [
     "STATE",
+    "TERMINATED",
     "FrameReader",
     "Report",
+    "ask_frame",
     "envelopes",
     "pack_jobs",
     "pack_reports",
     "report_of",
     "returned",
     "state_of",
+    "terminated",
     "unpack_jobs",
+    "unpack_order",
     "unpack_report",
     "unpack_reports",
 ]
 
 _LENGTH = struct.Struct("!I")
+#: Stands where a batch has its lease.
+_ASK = -1.0
 
 #: (tag, kind, run time in seconds, *fields of the outcome)
 Report = tuple[Any, ...]
 _FIELDS = [field.name for field in fields(Envelope)]
 
-_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED, STATE = range(7)
+_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED, STATE, TERMINATED = range(8)
 
 
 def report_of(tag: int, outcome: Outcome, runtime: float) -> Report:
     """An outcome as a row of plain values."""
     match outcome:
-        case Succeeded(messages):
+        case Succeeded(messages, None):
             return (tag, _SUCCEEDED, runtime, _rows(messages)) if messages else (tag, _SUCCEEDED, runtime)
-        case Retrying(delay, exception, message, body, queue, priority, messages):
-            return tag, _RETRYING, runtime, delay, exception, message, body, queue, priority, _rows(messages)
+        case Succeeded(messages, shown):
+            return tag, _SUCCEEDED, runtime, _rows(messages), shown
+        case Retrying(delay, exception, message, body, queue, priority, headers, trace, messages):
+            row = (delay, exception, message, body, queue, priority, headers, trace)
+            return tag, _RETRYING, runtime, *row, _rows(messages)
         case Failed(reason, exception, message, traceback, messages):
             return tag, _FAILED, runtime, str(reason), exception, message, traceback, _rows(messages)
         case Discarded(messages):
             return tag, _DISCARDED, runtime, _rows(messages)
         case GivenBack():
             return tag, _GIVEN_BACK, runtime
-        case Postponed() | Lost():
+        case Postponed() | RateLimited() | Lost():
             raise AssertionError(f"an executor does not report {outcome!r}")
 
 
 def returned(tag: int) -> Report:
     """The row of a job that was not started before its lease ended."""
     return tag, RETURNED, 0.0
+
+
+def terminated(tag: int) -> Report:
+    """The row of a task that ended because the leader asked for it."""
+    return tag, TERMINATED, 0.0
 
 
 def state_of(tag: int, message: Envelope) -> Report:
@@ -83,7 +108,7 @@ def unpack_report(report: Report) -> Outcome | None:
     """The outcome of a row; None for a job that was returned unstarted."""
     kind = report[1]
     if kind == _SUCCEEDED:
-        return _DONE if len(report) == 3 else Succeeded(envelopes(report[3]))
+        return _DONE if len(report) == 3 else Succeeded(envelopes(report[3]), *report[4:])
     if kind == _RETRYING:
         return Retrying(*(*report[3:-1], envelopes(report[-1])))
     if kind == _FAILED:
@@ -104,10 +129,24 @@ def pack_jobs(jobs: list[Job], lease: float) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
+def ask_frame(tag: int) -> bytes:
+    """Asks an executor of many tasks to end one of them."""
+    data = marshal.dumps((_ASK, [tag]))
+    return _LENGTH.pack(len(data)) + data
+
+
 def unpack_jobs(frame: bytes) -> tuple[float, list[Job]]:
     """The lease and the jobs of a frame."""
     lease, rows = marshal.loads(frame)  # noqa: S302 - written by the leader, a fork of the same process
     return lease, [Job(*row) for row in rows]
+
+
+def unpack_order(frame: bytes) -> tuple[float, list[Job], int | None]:
+    """The same, and the tag of a task that is to end: an executor of many tasks hears of both."""
+    lease, rows = marshal.loads(frame)  # noqa: S302 - as above
+    if lease == _ASK:
+        return 0.0, [], rows[0]
+    return lease, [Job(*row) for row in rows], None
 
 
 def pack_reports(reports: list[Report]) -> bytes:

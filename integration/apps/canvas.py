@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -9,10 +10,12 @@ import threading
 import time
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from amqptasks import AmqpTasks, Ignore, group
 from amqptasks.testing.ledger import record
+from amqptasks.testing.waiting import wait_until
 
 app = AmqpTasks("canvas")
 
@@ -108,6 +111,11 @@ def strange(kind: str) -> Any:
 
 
 @app.task
+def sized(size: int) -> str:
+    return "x" * size
+
+
+@app.task
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -134,7 +142,8 @@ def spreads(self: Any, count: int) -> None:
 
 
 @app.task(bind=True)
-def counted(self: Any) -> int:
+def counted(self: Any, pause: float = 0.0) -> int:
+    time.sleep(pause)
     record(self.request.id, "counted")
     return 1
 
@@ -150,13 +159,26 @@ def on_error_by_id(task_id: str, exc: BaseException, traceback: str) -> None:
 
 
 @app.task
+async def doubled(number: int) -> int:
+    return 2 * number
+
+
+@app.task
+async def on_error_later(request: Any, exc: BaseException, traceback: str, gate: str) -> None:
+    """An errback that goes on until a file is there."""
+    record(request.id, "errback begun")
+    await asyncio.to_thread(wait_until, Path(gate).exists, 60)
+    record(request.id, "errback done")
+
+
+@app.task
 def failed_id(identifier: str) -> None:
     record(identifier, "failed_id")
 
 
 @app.task
-def waits_for_another(value: int) -> int:
-    return identity.delay(value).get(5)
+def waits_for_another(value: int, insist: bool = False) -> int:
+    return identity.delay(value).get(5, disable_sync_subtasks=not insist)
 
 
 @app.task

@@ -7,17 +7,40 @@ import ctypes
 import os
 import signal
 import time
+from contextvars import ContextVar
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import structlog
 from pydantic import BaseModel
 
-from amqptasks import AmqpTasks, Ignore, Reject, shared_task
+from amqptasks import AmqpTasks, Ignore, Reject, TimeLimitExceeded, shared_task
 from amqptasks.testing.ledger import record
+from amqptasks.testing.work import processor_time
 
 app = AmqpTasks("jobs")
 log = structlog.get_logger("jobs")
+
+
+_kept: list[bytearray] = []
+_own: ContextVar[str] = ContextVar("own", default="nobody's")
+
+
+@app.task(bind=True)
+async def has_context(self: Any, value: str) -> None:
+    """Record what the context variable held before, and what it holds after others ran meanwhile."""
+    before = _own.get()
+    _own.set(value)
+    await asyncio.sleep(0.05)
+    record(self.request.id, f"{before} {_own.get()}")
+
+
+@app.task(bind=True)
+def tick(self: Any, *args: Any) -> None:
+    """Record which tick it is: the entry's name and the moment that it was due."""
+    headers = self.request.headers
+    record(self.request.id, f"{headers['periodic_task_name']}@{headers['x-amqptasks-due']}")
 
 
 class Receipt(BaseModel):
@@ -29,6 +52,31 @@ class Receipt(BaseModel):
 def note(self: Any, pause: float = 0.0) -> None:
     """Record that it ran, after a pause."""
     record(self.request.id, "begin", self.request.retries + 1)
+    time.sleep(pause)
+    record(self.request.id, "done", self.request.retries + 1)
+
+
+@app.task(bind=True)
+def clocked(self: Any, processes: list[int]) -> None:
+    """Record when it began, and how much processor time these processes had used then."""
+    used = processor_time(processes)
+    record(self.request.id, "begin")
+    record(self.request.id, f"used={used}")
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def noted(self: Any, pause: float = 0.0) -> None:
+    """Record that it has run."""
+    time.sleep(pause)
+    record(self.request.id, "done", self.request.retries + 1)
+
+
+@app.task(bind=True)
+def paced(self: Any, pause: float = 0.0) -> None:
+    """Record when it ran, and when its rate limit let it pass."""
+    record(self.request.id, "begin", self.request.retries + 1)
+    record(self.request.id, f"passed={self.request.headers.get('x-amqptasks-passed')}")
     time.sleep(pause)
     record(self.request.id, "done", self.request.retries + 1)
 
@@ -53,6 +101,12 @@ def charge(self: Any, receipt: Receipt, note: str = "") -> None:
 def always_retries(self: Any, countdown: float = 0.2) -> None:
     record(self.request.id, "try", self.request.retries + 1)
     raise self.retry(exc=ValueError("still broken"), countdown=countdown)
+
+
+@app.task(bind=True)
+def asks_for(self: Any, **options: Any) -> None:
+    """A retry with these options; "inf" and "nan" as numbers."""
+    raise self.retry(**{name: float(one) if one in ("inf", "nan") else one for name, one in options.items()})
 
 
 @app.task(bind=True, autoretry_for=(ConnectionError,), max_retries=10, default_retry_delay=0.3)
@@ -124,6 +178,87 @@ def overruns(self: Any, how: str = "sleep") -> None:
     time.sleep(60)
 
 
+@app.task(
+    bind=True, time_limit=0.5, max_retries=2, default_retry_delay=0.1, autoretry_for=(ValueError, TimeLimitExceeded)
+)
+def overruns_until(self: Any, attempt: int) -> None:
+    """Too long each time before this attempt."""
+    record(self.request.id, "try", self.request.retries + 1)
+    if self.request.retries + 1 < attempt:
+        time.sleep(60)
+    record(self.request.id, "done", self.request.retries + 1)
+
+
+@app.task(bind=True)
+def holds_on(self: Any, how: str, seconds: float = 30.0) -> None:
+    """Goes on for very long, in one of the ways in which tasks do."""
+    record(self.request.id, "begin")
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            if how == "spin":
+                while time.monotonic() < until:
+                    pass
+            elif how == "gil":
+                ctypes.PyDLL(None).usleep(int(left * 1_000_000))
+            elif how == "no gil":
+                ctypes.CDLL(None).usleep(int(left * 1_000_000))
+            else:
+                time.sleep(left)
+        except BaseException:
+            if how != "stubborn":
+                raise
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+async def awaits(self: Any, seconds: float = 30.0) -> None:
+    record(self.request.id, "begin")
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        record(self.request.id, "cleaned up")
+
+
+@app.task(bind=True)
+def grows(self: Any, megabytes: int, seconds: float = 0.0) -> None:
+    """Keeps memory, as a task that leaks does."""
+    _kept.append(bytearray(os.urandom(1 << 10) * (megabytes << 10)))
+    time.sleep(seconds)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def swells(self: Any) -> None:
+    """Takes memory until somebody ends it."""
+    record(self.request.id, "try")
+    while True:
+        _kept.append(bytearray(os.urandom(1 << 10) * (10 << 10)))
+        time.sleep(0.02)
+
+
+@app.task(bind=True)
+def chatters(self: Any, seconds: float, size: int) -> None:
+    """Tells how far it is, all the time and at length."""
+    record(self.request.id, "begin")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        self.update_state(state="PROGRESS", meta="x" * size)
+        time.sleep(0.001)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def stops_briefly(self: Any) -> None:
+    """Python code that waits in short steps: every pool can interrupt it."""
+    record(self.request.id, "begin")
+    try:
+        for _ in range(3000):
+            time.sleep(0.01)
+    finally:
+        record(self.request.id, "cleaned up")
+
+
 @app.task(bind=True, soft_time_limit=0.5)
 def stops_when_asked(self: Any) -> None:
     from amqptasks import SoftTimeLimitExceeded
@@ -136,9 +271,81 @@ def stops_when_asked(self: Any) -> None:
 
 
 @app.task(bind=True)
-def holds_the_gil(self: Any, seconds: int) -> None:
+def occupies(self: Any, how: str, seconds: float) -> None:
+    """Holds its process in one of the ways in which tasks do."""
     record(self.request.id, "begin")
-    ctypes.PyDLL(None).sleep(seconds)
+    if how == "gil":
+        ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))
+    elif how == "loop":
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+    else:
+        time.sleep(seconds)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def waits_for(self: Any, path: str) -> None:
+    """Holds on until there is a file of this name."""
+    record(self.request.id, "begin")
+    while not Path(path).exists():
+        time.sleep(0.02)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+async def blocks(self: Any, seconds: float) -> None:
+    """Blocks the event loop, as one forgotten call does."""
+    record(self.request.id, "begin")
+    time.sleep(seconds)  # noqa: ASYNC251 - as it must
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def tells(self: Any, kind: str, **fields: Any) -> None:
+    """An event of the application's own."""
+    self.send_event(kind, **fields)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True, max_retries=1, default_retry_delay=0.1)
+def is_stamped(self: Any, *args: Any) -> str:
+    """Record its stamps, in the first run and in the second."""
+    record(self.request.id, f"{self.request.retries} {sorted(self.request.stamps.items())}")
+    if self.request.retries == 0:
+        self.retry()
+    return "x"
+
+
+@app.task(bind=True)
+async def has_a_child_that_blocks(self: Any, seconds: float) -> None:
+    async def child() -> None:
+        time.sleep(seconds)  # noqa: ASYNC251 - as it must
+
+    await asyncio.create_task(child())
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def takes(self: Any, data: str, pause: float = 0.0) -> None:
+    """An argument of any size."""
+    time.sleep(pause)
+    record(self.request.id, "done")
+
+
+@app.task(bind=True)
+def gives(self: Any, size: int) -> str:
+    """A result of any size."""
+    record(self.request.id, "begin")
+    record(self.request.id, "done")
+    return "x" * size
+
+
+@app.task(bind=True)
+def says_whether_it_came_again(self: Any, pause: float) -> None:
+    record(self.request.id, f"redelivered={self.request.delivery_info['redelivered']}")
+    time.sleep(pause)
     record(self.request.id, "done")
 
 

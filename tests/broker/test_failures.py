@@ -58,6 +58,13 @@ def wrapped(error: Exception) -> Exception:
         (wrapped(socket.gaierror(-2, "Name or service not known")), BrokerUnreachable, "cannot be resolved"),
         (wrapped(OSError(113, "No route to host")), BrokerUnreachable, "No route to host"),
         (wrapped(ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong")), BrokerUnreachable, "TLS failed"),
+        (
+            pika.exceptions.IncompatibleProtocolError(
+                "StreamLostError: (\"Lost: SSLEOFError(8, 'EOF occurred in violation of protocol')\",)"
+            ),
+            BrokerUnreachable,
+            "a client's certificate",
+        ),
         (pika.exceptions.AMQPHeartbeatTimeout("late"), BrokerUnreachable, "no answer in time"),
         (pika.exceptions.IncompatibleProtocolError("EOF"), BrokerUnreachable, "Is this the AMQP port"),
         (

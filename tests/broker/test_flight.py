@@ -16,7 +16,10 @@ from amqptasks.message import Envelope
 
 def flight_of(*ids: str, key: str = "k") -> Flight:
     channel: Any = SimpleNamespace(
-        connection=SimpleNamespace(params=SimpleNamespace(frame_max=131_072), server_properties={})
+        channel_number=1,
+        connection=SimpleNamespace(
+            params=SimpleNamespace(frame_max=131_072), server_properties={}, _body_max_length=131_064
+        ),
     )
     flight = Flight(channel)
     for one in ids:
@@ -27,8 +30,7 @@ def flight_of(*ids: str, key: str = "k") -> Flight:
 
 
 def settle(flight: Flight, tag: int, multiple: bool = False) -> list[str | None]:
-    method = SimpleNamespace(delivery_tag=tag, multiple=multiple)
-    return [pending.envelope.correlation_id for pending in flight.settled(method)]
+    return [pending.envelope.correlation_id for pending in flight.settled(tag, multiple)]
 
 
 def give_back(flight: Flight, one: str, key: str = "k") -> None:

@@ -10,6 +10,7 @@ from amqptasks.broker.pending import Pending
 from amqptasks.broker.replies import Replies
 from amqptasks.broker.wire import encode_properties
 from amqptasks.message import Envelope
+from amqptasks.protocol.signing import Keyring
 
 
 class Channel:
@@ -101,6 +102,17 @@ def test_only_replies_to_the_queue_that_was_left_are_redirected() -> None:
         return Pending(envelope, encode_properties(envelope), lambda _error: None)
 
     left, other, none = pending("old"), pending("another's"), pending(None)
-    assert [one.redirect("old", "new") for one in (left, other, none)] == [True, False, False]
+    assert [one.redirect("old", "new", None) for one in (left, other, none)] == [True, False, False]
     assert [one.envelope.reply_to for one in (left, other, none)] == ["new", "another's", None]
     assert left.properties.encode() == encode_properties(left.envelope).encode()
+
+
+def test_a_message_whose_replies_are_redirected_is_signed_anew() -> None:
+    keys = Keyring.read("x" * 32, (), accept_unsigned=False)
+    assert keys is not None
+    envelope = Envelope("e", "k", b"", reply_to="old", headers={"task": "t"})
+    keys.sign(envelope)
+    pending = Pending(envelope, encode_properties(envelope), lambda _error: None)
+    assert pending.redirect("old", "new", keys)
+    assert keys.problem(envelope.headers, envelope.content_type, None, "new", b"") is None
+    assert pending.properties.encode() == encode_properties(envelope).encode()

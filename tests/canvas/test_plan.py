@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import celery
 import pytest
@@ -100,6 +101,59 @@ def test_partial_arguments_go_to_the_first_and_options_to_all():
         "mine",
         False,
     )
+
+
+def countdowns(one: Signature) -> dict[str, float | None]:
+    sent, _ = planned(one)
+    return {f"{found.task}{number}": found.options.get("countdown") for number, found in enumerate(sent)}
+
+
+def test_countdown_and_eta_are_for_all_that_is_sent_first():
+    five = {"a0": 5, "b1": 5}
+    assert countdowns(group(a, b).clone(countdown=5)) == five
+    assert countdowns(group(a, group(b)).clone(countdown=5)) == five
+    assert countdowns((group(a, b) | c).clone(countdown=5)) == five
+    assert countdowns((group(a, b) | c | d).clone(countdown=5)) == five
+    assert countdowns(chord([a, b], c).clone(countdown=5)) == five
+    assert countdowns(chain(group(a, b).set(countdown=5), c)) == five
+    assert countdowns(group(a | c, b).clone(countdown=5)) == five
+    assert countdowns(group(group(a, b) | c, chord([d], c)).clone(countdown=5)) == {**five, "d2": 5}
+    assert countdowns(chord([group(a, b) | c], d).clone(countdown=5)) == five
+    assert countdowns((a | b).clone(countdown=5)) == {"a0": 5}
+    assert countdowns(chord([], c).clone(countdown=5)) == {"c0": 5}
+    chunked = chunks(a, [(1,), (2,)], 1).clone(countdown=5)
+    assert countdowns(chunked) == {"celery.starmap0": 5, "celery.starmap1": 5}
+    # What says its own time keeps it.
+    assert countdowns(group(task("a", countdown=1), b).clone(countdown=5)) == {"a0": 1, "b1": 5}
+    later = datetime(2030, 1, 1, tzinfo=UTC)
+    sent, _ = planned(group(task("a", countdown=1), b).clone(eta=later))
+    assert [(one.options.get("eta"), one.options.get("countdown")) for one in sent] == [(None, 1), (later, None)]
+    # A body, and what follows in a chain, is not delayed with it.
+    (first, _), _ = planned((group(a, b) | c).clone(countdown=5))
+    assert "countdown" not in first.options["chord"]["options"]
+    (first,), _ = planned(chain(a, group(b, c).set(countdown=3), d))
+    (table,) = first.options["chain"]
+    assert [one.options["countdown"] for one in expand(from_dict(table), (1,))] == [3, 3]
+
+
+def test_compositions_are_sent_by_calling_them():
+    class Desk:
+        """Keeps what is sent."""
+
+        sent: ClassVar[list[tuple[Signature, tuple[Any, ...], dict[str, Any]]]] = []
+
+        def apply_signature(self, one: Signature, args: Any, kwargs: Any) -> str:
+            self.sent.append((one, tuple(args), dict(kwargs)))
+            return "handle"
+
+    one = Signature("a", sender=Desk())
+    for workflow in (chain(one, b), group(one, b), chord([one], b), chunks(one, [(1,)], 1), one.clone() | b):
+        assert workflow() == "handle"
+        assert Desk.sent.pop() == (workflow, (), {})
+    assert chain(one, b)(1, k=2) == "handle"
+    assert Desk.sent.pop()[1:] == ((1,), {"k": 2})
+    assert group(one, b)(1, k=2) == "handle"
+    assert Desk.sent.pop()[1:] == ((1,), {"k": 2})
 
 
 def test_links_stand_at_the_end_and_errbacks_everywhere():
@@ -267,3 +321,18 @@ def test_in_every_composition_each_task_runs_once_and_every_handle_gets_a_result
     for sub in signature(whole).walk():
         assert from_dict(sub.to_dict()).to_dict() == sub.to_dict()
     assert starmap(a, [(1,)]).to_dict()["task"] == "celery.starmap"
+
+
+def test_a_stamp_is_on_every_task_and_callback_of_a_composition() -> None:
+    errback, callback = Signature("e"), Signature("c")
+    whole = chain(Signature("a"), group(Signature("b"), Signature("b2")), Signature("d"))
+    whole.tasks[0].link(callback).stamp(own=1)
+    whole.tasks[0].link_error(errback)
+    assert whole.stamp(customer="acme") is whole
+    stamped = {one.task: one.options for one in whole.walk() if one.subtask_type is None}
+    stamped |= {one.task: one.options for name in ("link", "link_error") for one in whole.tasks[0].linked(name)}
+    assert set(stamped) == {"a", "b", "b2", "d", "c", "e"}
+    assert all(one["customer"] == "acme" for one in stamped.values())
+    assert stamped.pop("c")["stamped_headers"] == ["own", "customer"]
+    assert all(one["stamped_headers"] == ["customer"] for one in stamped.values())
+    assert "customer" not in whole.options

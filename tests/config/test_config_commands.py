@@ -68,7 +68,7 @@ def test_check_exits_2_with_the_problems_and_no_traceback(run, tmp_path):
 def test_the_commented_example_passes_the_check(run):
     done = run("--config", str(ROOT / "config/amqptasks.yaml"), "config", "check")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith(": ok: 6 queues, 0 exchanges, 5 routes, 2 tasks, 0 schedules\n")
+    assert done.stdout.endswith(": ok: 6 queues, 0 exchanges, 5 routes, 2 tasks, 2 schedules\n")
 
 
 def test_check_reads_flags_and_environment(run):

@@ -183,7 +183,7 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
         ("queues: {email: {max_priority: 3, type: quorum}}", "queues.email: max_priority needs a classic queue"),
         ("queues: {email: {delivery_limit: 3, type: classic}}", "queues.email: delivery_limit needs a quorum queue"),
         ("queues: {email: {delivery_limit: 3, max_priority: 9}}", "queues.email: delivery_limit needs a quorum queue"),
-        ("queues: {email: {consumer_timeout: 9, type: classic}}", "consumer_timeout needs a quorum queue"),
+        ("queues: {email: {consumer_timeout: 0}}", "queues.email.consumer_timeout: must be greater than 0, not 0"),
         ("queues: {email: {durable: false}}", "queues.email: a quorum queue is always durable"),
         ("queues: {email: {max_priority: 256}}", "queues.email.max_priority: must be less than or equal to 255"),
         ("queues: {email: {message_ttl: 11000d}}", "queues.email.message_ttl: must be less than or equal to 315360000"),
@@ -210,6 +210,14 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
         ("schedule: {a: {task: t}}", "`cron` or `every`; this one has neither"),
         ("schedule: {a: {task: t, cron: '* * *'}}", "schedule.a.cron: '* * *' has 3 fields; cron has five"),
         ("schedule: {a: {every: 5}}", "schedule.a.task: this key is required"),
+        ("schedule: {a: {task: t, cron: '61 * * * *'}}", "schedule.a.cron: '61 * * * *' is not a crontab: bad minute"),
+        ("schedule: {a: {task: t, cron: '0 0 30 2 *'}}", "'0 0 30 2 *' is not a crontab: bad day-of-month"),
+        ("schedule: {a: {task: t, cron: '0 0 * * *', timezone: Europe/Pariss}}", "did you mean 'Europe/Paris'"),
+        ("schedule: {a: {task: t, every: 5, timezone: UTC}}", "`timezone` needs `cron`"),
+        ("schedule: {a: {task: t, every: -5}}", "schedule.a.every: must be greater than 0"),
+        ("schedule: {a: {task: t, every: 5, catch_up: some}}", "schedule.a.catch_up: must be"),
+        ("schedule: {a: {task: t, every: 5, options: {exchange: x}}}", "exchange 'x' is not declared"),
+        ("schedule: {a: {task: t, every: 5, options: {prio: 3}}}", "schedule.a.options.prio: unknown key"),
         ("schedule: {a: {task: t, every: 0}}", "schedule.a.every: must be greater than 0"),
         ("schedule: {a: {task: t, every: 5, options: {queue: x}}}", "schedule.a.options.queue: queue 'x' is not"),
         ("timezone: Asia/Shangai", "timezone: 'Asia/Shangai' is no time zone; did you mean 'Asia/Shanghai'?"),
@@ -292,7 +300,7 @@ def test_all_problems_are_listed_one_a_line(problems):
         "app.yaml:8: routes[1].regex: '(' is not a regular expression: missing ), "
         "unterminated subpattern at position 0",
         "app.yaml:2: bogus: unknown key; keys here: app, include, timezone, broker, exchanges, queues, routes, tasks, "
-        "result, schedule, worker, serialization, logging, sentry, topology, testing",
+        "result, schedule, revoke, worker, events, serialization, security, logging, sentry, topology, testing",
         "app.yaml:7: routes[0].queue: queue 'emial' is not declared; did you mean 'email'?",
         "app.yaml:5: queues.amq.x: names that begin with 'amq.' belong to the broker",
     ]

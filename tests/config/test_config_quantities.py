@@ -58,13 +58,14 @@ def test_what_is_no_size_says_how_to_write_one(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "rate"), [("10/m", 10 / 60), ("5/s", 5.0), ("100 / h", 100 / 3600), ("0.5", 0.5), (3, 3.0)]
+    ("text", "rate"),
+    [("10/m", 10 / 60), ("5/s", 5.0), ("100 / h", 100 / 3600), ("0.5", 0.5), (3, 3.0), ("0/m", 0.0), (0, 0.0)],
 )
 def test_a_rate_is_tasks_a_second(text, rate):
     assert parse_rate(text) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("text", ["", "0/m", "-1/s", "10/x", "10/", "ten/m", "inf/s", "nan", 0, True, None])
+@pytest.mark.parametrize("text", ["", "-1/s", "10/x", "10/", "ten/m", "inf/s", "nan", -1, True, None])
 def test_what_is_no_rate_says_how_to_write_one(text):
     with pytest.raises(ValueError, match="is not a rate; write 10/m"):
         parse_rate(text)

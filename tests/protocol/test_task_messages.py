@@ -39,6 +39,8 @@ def test_the_envelope_has_every_field_of_protocol_2() -> None:
     assert json.loads(made.body) == [[2, 2], {}, dict(EMPTY_EMBED)]
     origin = made.headers.pop("origin")
     assert origin.startswith("gen")
+    published = made.headers.pop("x-amqptasks-published")
+    assert abs(published / 1000 - datetime.now(UTC).timestamp()) < 60
     assert made.headers == {
         "lang": "py",
         "task": "proj.add",

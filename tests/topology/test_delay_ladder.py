@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from amqptasks import AmqpTasks
 from amqptasks.topology.delays import (
     LADDER_LEVELS,
     LADDER_MAX_SECONDS,
@@ -228,3 +230,16 @@ def test_each_level_is_bound_after_the_next_one_stands():
         assert dict(queue.arguments)["x-dead-letter-exchange"] in known
         assert re.fullmatch(r"amqptasks\.delay\.\d\d", exchange.name)
         known.add(exchange.name)
+
+
+def test_a_key_is_not_taken_for_a_queues_name_before_a_delay() -> None:
+    """A queue of that name is looked for (`broker/targets.py`), and a key may lead to a queue of another one."""
+    calls = AmqpTasks("keys", config={}).calls
+
+    def mandatory(**options: Any) -> bool:
+        return calls.prepare(calls.callee("t"), (), {}, **options).envelope.mandatory
+
+    assert mandatory(countdown=5, queue="other")
+    assert mandatory(countdown=5, exchange="", routing_key="other")
+    assert mandatory(routing_key="key")
+    assert not mandatory(countdown=5, routing_key="key")

@@ -9,7 +9,9 @@ import pytest
 from amqptasks.config.models import Settings
 from amqptasks.errors import ConfigError
 from amqptasks.topology import Binding, Exchange, Topology, build_topology, delayed
+from amqptasks.topology.build import exact_limits
 from amqptasks.topology.delays import deliver_pattern
+from amqptasks.topology.plan import compare
 
 
 def built(**data: Any) -> Topology:
@@ -38,6 +40,7 @@ def test_a_work_queue_is_quorum_and_keeps_its_dead_letters_at_least_once():
         "x-dead-letter-routing-key": "email",
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
+        "x-consumer-timeout": 30 * 86_400_000,
     }
 
 
@@ -47,6 +50,7 @@ def test_a_priority_queue_is_classic_and_carries_no_argument_that_classic_queues
         "x-max-priority": 10,
         "x-dead-letter-exchange": "amqptasks.dlx",
         "x-dead-letter-routing-key": "email",
+        "x-consumer-timeout": 30 * 86_400_000,
     }
 
 
@@ -82,7 +86,7 @@ def test_a_limited_classic_queue_refuses_messages_too_unless_told_otherwise():
 
 def test_without_dead_letters_there_is_neither_a_dead_letter_queue_nor_an_argument_for_one():
     topology = built(queues={"email": {"dead_letter": {"enabled": False}}})
-    assert arguments(topology, "email") == {"x-queue-type": "quorum", "x-overflow": "reject-publish"}
+    assert not [name for name in arguments(topology, "email") if name.startswith("x-dead-letter")]
     assert topology.queue("email.dlq") is None
     assert keys(topology, "amqptasks.dlx", "email.dlq") == []
 
@@ -96,9 +100,35 @@ def test_the_users_own_arguments_win_and_null_leaves_one_out():
     assert "x-dead-letter-strategy" not in declared
 
 
+def test_a_consumer_timeout_that_nobody_asked_for_is_no_conflict_with_a_queue_that_stands():
+    topology = built(
+        queues={
+            "by-default": {},
+            "asked": {"consumer_timeout": 60},
+            "left-out": {"consumer_timeout": None},
+            "by-argument": {"arguments": {"x-consumer-timeout": 60_000}},
+        }
+    )
+    assert [q.name for q in topology.queues if "x-consumer-timeout" in q.defaults] == [
+        "amqptasks.joins",
+        "amqptasks.beat",
+        "by-default",
+        "default",
+    ]
+    assert "x-consumer-timeout" not in arguments(topology, "left-out")
+
+
 def test_arguments_that_newer_brokers_refuse_are_never_sent():
     declared = of_queue(type="classic", arguments={"x-queue-mode": "lazy", "x-queue-version": 1})
     assert not {"x-queue-mode", "x-queue-version"} & declared.keys()
+
+
+def test_what_people_look_at_and_put_back_is_never_dropped_for_it():
+    topology = built(queues={"email": {}})
+    for name in ("email.dlq", "amqptasks.unroutable"):
+        assert arguments(topology, name)["x-delivery-limit"] == 1_000_000
+        (queue,) = [q for q in topology.queues if q.name == name]
+        assert queue.defaults == {"x-delivery-limit"}, "a queue that stands without it is taken as it is"
 
 
 def test_a_dead_letter_queue_has_its_own_type_and_limits_and_no_dead_letters_of_its_own():
@@ -256,3 +286,19 @@ def test_a_delayed_message_finds_a_binding_for_every_kind_of_route():
 
     key = delayed("amqptasks", Route(), 1.0)[1]
     assert deliver_pattern(key.split(".", 25)[25]) in keys(topology, "amqptasks.delay.deliver", "media")
+
+
+def test_tasks_with_a_limit_have_a_queue_and_a_plan_without_their_code_leaves_it_alone():
+    settings = Settings.model_validate({"tasks": {"shop.x": {"rate_limit": "1/s"}, "shop.*": {"rate_limit": "2/s"}}})
+    assert exact_limits(settings) == {"shop.x": "cluster"}
+    limited = build_topology(settings, {"shop.x": "cluster", "shop.y": "worker"})
+    shared, own = limited.queue("amqptasks.rate.shop.x"), limited.queue("amqptasks.rate.@worker.shop.y")
+    assert shared is not None
+    assert own is not None
+    assert dict(shared.arguments)["x-single-active-consumer"] is True
+    assert "x-single-active-consumer" not in dict(own.arguments)
+    assert limited.routes("amqptasks", shared.name)
+    sent = {queue.name: dict(queue.arguments) for queue in limited.queues}
+    assert [one for one in compare(build_topology(settings), limited, sent) if one.differs] == []
+    with pytest.raises(ConfigError, match="a name with a rate limit has"):
+        build_topology(settings, {"x" * 250: "cluster"})

@@ -90,8 +90,8 @@ def test_an_argument_that_is_not_valid_is_no_conflict(text):
 def test_a_conflict_names_both_values_the_setting_and_the_command():
     assert explain([Conflict(EMAIL, "x-max-priority", "10", "5")]) == (
         "queue 'email' exists with x-max-priority=5, declared 10: AMQP freezes arguments. Either set max_priority: 5 "
-        "in the YAML (queues.email), or delete the queue once it is empty (management UI, or "
-        "`rabbitmqctl delete_queue email`) and start again"
+        "in the YAML (queues.email), or replace it and keep its messages (`amqptasks topology migrate email`) "
+        "and start again"
     )
 
 
@@ -106,7 +106,7 @@ def test_a_conflict_names_both_values_the_setting_and_the_command():
         (Conflict(EMAIL, "x-overflow", "reject-publish", "none"), "set arguments: {x-overflow: null} in"),
         (Conflict(EMAIL, "x-overflow", "reject-publish", "drop-head"), "set overflow: drop-head in"),
         (Conflict(LETTERS, "x-message-ttl", "none", "60000"), "ttl: 60 in the YAML (queues.email.dead_letter)"),
-        (Conflict(LETTERS, "x-overflow", "none", "reject-publish"), "freezes arguments. Delete the queue once"),
+        (Conflict(LETTERS, "x-overflow", "none", "reject-publish"), "freezes arguments. Replace it and keep"),
         (Conflict(LEVEL, "x-queue-type", "quorum", "classic"), "Either set another topology.prefix, or delete"),
         (Conflict(TASKS, "type", "topic", "direct"), "set type: direct in the YAML (exchanges.tasks)"),
         (Conflict(TASKS, "type", "topic", "direct"), "delete the exchange"),
@@ -118,7 +118,8 @@ def test_the_way_out_is_written_in_the_settings_words(conflict, words):
 
 
 def test_the_command_names_the_virtual_host():
-    assert "`rabbitmqctl -p shop delete_queue email`" in explain([Conflict(EMAIL, "x-expires", "none", "1")], "shop")
+    text = explain([Conflict(LEVEL, "x-expires", "none", "1")], "shop")
+    assert "`rabbitmqctl -p shop delete_queue amqptasks.delay.07`" in text
 
 
 def test_several_differences_of_one_queue_are_told_together():

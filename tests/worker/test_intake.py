@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from amqptasks.outcome import Failed, Postponed, Reason
+from amqptasks.worker.delivery import VERDICT_HEADER
 from amqptasks.worker.intake import examine
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
@@ -36,6 +37,9 @@ def test_a_sound_message_may_run() -> None:
         headers(retries="many"),
         headers(retries=True),
         headers(timelimit=5),
+        headers(timelimit=[float("nan"), None]),
+        headers(timelimit=[None, float("inf")]),
+        headers(retries=2**63 - 1),
         headers(timelimit=[1]),
         headers(timelimit=["soon", None]),
         headers(eta="tomorrow"),
@@ -56,6 +60,10 @@ def test_an_unknown_task_is_named() -> None:
     assert isinstance(outcome, Failed)
     assert outcome.reason is Reason.UNKNOWN_TASK
     assert "shop.refund" in outcome.message
+
+
+def test_what_is_decided_needs_no_task() -> None:
+    assert examine(headers(**{"task": "of.another.app", VERDICT_HEADER: ["ChordError", "why"]}), TASKS, now=NOW) is None
 
 
 def test_what_has_expired_does_not_run() -> None:

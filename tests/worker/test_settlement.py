@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amqptasks.broker.consumer import Incoming
-from amqptasks.errors import Nacked, PublishError
+from amqptasks.broker.wire import encode_properties
+from amqptasks.errors import MessageTooLarge, Nacked, PublishError, Unroutable, Unwritable
 from amqptasks.message import Envelope
 from amqptasks.outcome import (
     Discarded,
@@ -21,22 +22,26 @@ from amqptasks.outcome import (
     Lost,
     Outcome,
     Postponed,
+    RateLimited,
     Reason,
     Retrying,
     Succeeded,
 )
 from amqptasks.worker.delivery import CRASHES_HEADER, Delivery, Stage
-from amqptasks.worker.effects import TRACEBACK_BYTES, Effects
+from amqptasks.worker.effects import SMALLEST, TRACEBACK_BYTES, Effects
 from amqptasks.worker.settlement import Settlement
 
 EFFECTS = Effects("amqptasks", "email", "worker@host")
 
 
-def delivery(number: int = 1, *, tag: int | None = None, epoch: int = 1, **headers: Any) -> Delivery:
-    method = pika.spec.Basic.Deliver("consumer", tag or number, False, "amqptasks", "email")
+def delivery(
+    number: int = 1, *, tag: int | None = None, epoch: int = 1, redelivered: bool = False, **headers: Any
+) -> Delivery:
     known = {"task": "shop.mail", "id": f"id-{number}", "retries": 0, **headers}
     properties = pika.BasicProperties(headers=known, correlation_id=f"id-{number}", priority=4, expiration="5000")
-    return Delivery(Incoming(epoch, method, properties, b"[[],{},{}]"), "email")
+    return Delivery(
+        Incoming(epoch, tag or number, redelivered, "amqptasks", "email", properties, b"[[],{},{}]"), "email"
+    )
 
 
 class Wire:
@@ -45,9 +50,18 @@ class Wire:
     def __init__(self) -> None:
         self.epoch = 1
         self.sent: list[tuple[str, Any]] = []
+        self.envelopes: list[Envelope] = []
         self.confirms: list[Callable[[PublishError | None], None]] = []
         self.timers: list[tuple[float, Callable[[], None]]] = []
-        self.settlement = Settlement(self, EFFECTS, publish=self.publish, call_later=self.call_later)
+        self.failed: list[tuple[Delivery, Failed]] = []
+        self.settlement = Settlement(
+            self,
+            EFFECTS,
+            publish=self.publish,
+            call_later=self.call_later,
+            on_refused=lambda delivery, failed: self.failed.append((delivery, failed)),
+            declared=lambda exchange, _key: exchange in ("amqptasks.dlx", "ours"),
+        )
 
     def send_ack(self, tag: int, epoch: int, *, multiple: bool) -> None:
         self.sent.append(("ack", (tag, multiple)))
@@ -57,6 +71,7 @@ class Wire:
 
     def publish(self, envelope: Envelope, done: Callable[[PublishError | None], None]) -> None:
         self.sent.append(("publish", (envelope.exchange, envelope.routing_key)))
+        self.envelopes.append(envelope)
         self.confirms.append(done)
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> None:
@@ -155,7 +170,7 @@ def test_an_outcome_after_the_channel_was_lost_is_kept_for_the_redelivery_and_no
     wire.settlement.settle(lost, Failed(Reason.FAILED, "ValueError"))
     wire.turn()
     assert wire.sent == []
-    again = delivery(9, tag=1, epoch=2, id="id-1")
+    again = delivery(9, tag=1, epoch=2, redelivered=True, id="id-1")
     assert wire.settlement.remembered(again) == Failed(Reason.FAILED, "ValueError")
     assert wire.settlement.remembered(again) is None
 
@@ -167,7 +182,46 @@ def test_an_effect_confirmed_after_the_channel_was_lost_leaves_only_the_ack_to_d
     wire.confirm()
     wire.turn()
     assert [kind for kind, _ in wire.sent] == ["publish"]
-    assert wire.settlement.remembered(delivery(9, tag=1, epoch=2, id="id-1")) == Discarded()
+    assert wire.settlement.remembered(delivery(9, tag=1, epoch=2, redelivered=True, id="id-1")) == Discarded()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"redelivered": False},
+        {"x-amqptasks-published": 2000},
+        {"x-task-replays": 1},
+        {"x-death": [{"queue": "amqptasks.delay.04", "count": 1}]},
+        {"retries": 1},
+        {"x-amqptasks-crashes": 1},
+        {"x-amqptasks-passed": 5},
+    ],
+    ids=str,
+)
+def test_a_task_that_is_sent_again_under_its_id_is_not_settled_by_what_became_of_it_before(other: Any) -> None:
+    """The redelivery went to another worker, so that what is remembered here waits; acked by it, a call is lost."""
+    wire = Wire()
+    sent = {"id": "fixed", "x-amqptasks-published": 1000}
+    held = delivery(**sent)
+    wire.epoch = 2
+    wire.settlement.settle(held, Succeeded())
+    anew = delivery(tag=1, epoch=2, **{"redelivered": True, **sent, **other})
+    assert wire.settlement.remembered(anew) is None
+    assert wire.settlement.remembered(delivery(tag=2, epoch=2, redelivered=True, **sent)) == Succeeded()
+
+
+def test_what_became_of_a_task_is_remembered_for_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire()
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    held = [delivery(number) for number in (1, 2)]
+    wire.epoch = 2
+    wire.settlement.settle(held[0], Succeeded())
+    now += 500
+    wire.settlement.settle(held[1], Succeeded())
+    now += 101
+    again = [delivery(number, epoch=2, redelivered=True) for number in (1, 2)]
+    assert [wire.settlement.remembered(one) for one in again] == [None, Succeeded()]
 
 
 def test_a_delivery_is_settled_once() -> None:
@@ -264,3 +318,151 @@ def test_a_lost_executor_is_counted_in_the_message(before: int | None) -> None:
 def test_a_queue_without_dead_letters_only_acknowledges() -> None:
     effects = Effects("amqptasks", "email", "worker@host", dead_letters=False)
     assert effects.envelopes(delivery(), Failed(Reason.FAILED)) == []
+
+
+def test_what_had_ended_and_was_not_acknowledged_when_the_channel_was_lost_is_not_run_again() -> None:
+    wire = Wire()
+    wire.settlement.settle(delivery(2), Succeeded())  # behind a gap: its ack waits for a moment
+    wire.epoch = 2
+    again = delivery(2, tag=1, epoch=2, redelivered=True)
+    outcome = wire.settlement.remembered(again)
+    assert outcome is not None
+    wire.settlement.settle(again, outcome)
+    wire.turn()
+    assert wire.sent == [("ack", (1, True))]
+
+
+def test_a_message_that_is_too_large_fails_its_task_when_the_others_are_confirmed() -> None:
+    wire, held = Wire(), delivery()
+    outcome = Succeeded(messages=(Envelope("", "a", b"{}"), Envelope("", "b", b"")))
+    wire.settlement.settle(held, outcome)
+    wire.confirm(MessageTooLarge("the broker's limit is 7"))
+    wire.turn()
+    assert wire.failed == []
+    wire.confirm()
+    wire.turn()
+    assert {kind for kind, _ in wire.sent} == {"publish"}, "nothing is acknowledged"
+    ((found, failed),) = wire.failed
+    assert (found, failed.reason, failed.exception) == (held, Reason.FAILED, "MessageTooLarge")
+    assert "limit is 7" in failed.message
+    held.verdict = failed
+    wire.settlement.settle(held, failed)
+    wire.confirm(MessageTooLarge("nor is the dead letter taken"))
+    wire.turn()
+    assert len(wire.failed) == 1, "it is told once; the dead letter is tried again"
+    wire.confirm()
+    wire.turn()
+    assert wire.sent[-1] == ("ack", (1, True))
+
+
+# --- what never can be published -------------------------------------------------------------------------------------
+
+
+def step(wire: Wire, error: PublishError | None = None) -> None:
+    """The oldest publish is answered; then the loop turns."""
+    wire.confirm(error)
+    wire.turn()
+
+
+def test_a_dead_letter_that_cannot_be_written_loses_its_traceback_then_others_headers_and_is_acknowledged() -> None:
+    wire = Wire()
+    held = delivery(foreign="x" * 130_000, argsrepr="y" * 500)
+    wire.settlement.settle(held, Failed(Reason.FAILED, "E", "why", "Traceback …"))
+    seen = []
+    for _ in range(4):
+        seen.append(wire.envelopes[-1].headers)
+        if len(seen) < 4:
+            step(wire, Unwritable("too many headers"))
+    assert {kind for kind, _ in wire.sent} == {"publish"}, "nothing is acknowledged"
+    full, plain, own, least = seen
+    assert (full["x-task-traceback"], "x-task-cut" in full) == ("Traceback …", False)
+    assert (plain["x-task-traceback"], plain["x-task-cut"], len(plain["foreign"])) == ("", "traceback", 130_000)
+    assert (own["x-task-cut"], own.get("foreign"), len(own["argsrepr"])) == ("traceback and headers", None, 500)
+    assert {"task", "id", "x-task-reason", "x-task-exception-message"} <= set(least)
+    assert "argsrepr" not in least
+    step(wire)
+    assert wire.sent[-1] == ("ack", (1, True))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"retries": 2**63 - 1},
+        {"task": "t" * 70_000, "id": "i" * 70_000, "x-task-replays": 3},
+        {f"x-task-{number}": "x" * 100 for number in range(2000)},
+        {"task": {"a": object()}, "id": object(), "retries": "many"},
+    ],
+)
+def test_the_smallest_dead_letter_can_be_written_whatever_came(headers: dict[str, Any]) -> None:
+    failed = Failed(Reason.FAILED, "E" * 10_000, "m" * 10_000, "t" * 100_000)
+    made = EFFECTS.smaller(delivery(**headers), failed, SMALLEST)
+    assert made is not None
+    assert len(encode_properties(made).data) < 8192
+    assert (made.headers["x-task-reason"], made.body) == ("failed", b"[[],{},{}]")
+
+
+@pytest.mark.parametrize("outcome", [Retrying(1e12), Retrying(float("nan")), Retrying(2.0, queue="@x")])
+def test_what_cannot_even_be_made_fails_its_task(outcome: Outcome) -> None:
+    wire, held = Wire(), delivery()
+    wire.settlement.settle(held, outcome)
+    ((found, failed),) = wire.failed
+    assert (found, failed.reason, held.stage) == (held, Reason.FAILED, Stage.WAITING)
+    assert "cannot be written" in failed.message
+    held.verdict = failed
+    wire.settlement.settle(held, failed)
+    step(wire)
+    assert wire.sent == [("publish", ("amqptasks.dlx", "email")), ("ack", (1, True))]
+
+
+def test_a_failure_that_cannot_be_made_leaves_the_smallest_dead_letter() -> None:
+    wire = Wire()
+    odd: Any = 7
+    wire.settlement.settle(delivery(), Failed(Reason.FAILED, "E", odd))
+    assert wire.failed == []
+    assert wire.envelopes[-1].headers["x-task-cut"]
+    step(wire)
+    assert wire.sent == [("publish", ("amqptasks.dlx", "email")), ("ack", (1, True))]
+
+
+@pytest.mark.parametrize("outcome", [Succeeded((Envelope("amqptasks", "typo", b""),)), Retrying(0.0, queue="typo")])
+def test_what_goes_to_a_queue_that_nobody_declares_fails_its_task_after_some_tries(outcome: Outcome) -> None:
+    wire, held = Wire(), delivery()
+    wire.settlement.settle(held, outcome)
+    for _ in range(4):
+        step(wire, Unroutable("no queue"))
+        assert wire.failed == []
+    step(wire, Unroutable("no queue"))
+    ((_, failed),) = wire.failed
+    assert (failed.reason, failed.exception) == (Reason.FAILED, "Unroutable")
+    assert {kind for kind, _ in wire.sent} == {"publish"}, "nothing is acknowledged"
+
+
+def test_an_errback_to_a_queue_that_nobody_declares_is_dropped_and_the_error_stays() -> None:
+    wire, held = Wire(), delivery()
+    wire.settlement.settle(held, Failed(Reason.FAILED, "ValueError", messages=(Envelope("amqptasks", "typo", b""),)))
+    wire.confirms.reverse()
+    step(wire)  # the dead letter
+    for _ in range(5):
+        step(wire, Unroutable("no queue"))
+    assert wire.failed == []
+    assert wire.envelopes[1].headers["x-task-exception"] == "ValueError"
+    assert wire.sent[-1] == ("ack", (1, True))
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Succeeded((Envelope("ours", "email", b""),)),
+        Failed(Reason.FAILED),
+        RateLimited("amqptasks.rate.t"),
+    ],
+)
+def test_a_queue_of_the_topology_is_waited_for_without_end(outcome: Outcome) -> None:
+    wire = Wire()
+    wire.settlement.settle(delivery(), outcome)
+    for _ in range(30):
+        step(wire, Unroutable("gone"))
+    assert wire.failed == []
+    assert {kind for kind, _ in wire.sent} == {"publish"}
+    step(wire)
+    assert wire.sent[-1] == ("ack", (1, True))

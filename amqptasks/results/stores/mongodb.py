@@ -17,7 +17,7 @@ import pymongo
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 
 from amqptasks.errors import StoreUnavailable
-from amqptasks.results.store import ResultStore
+from amqptasks.results.store import ResultStore, gives_way
 
 __all__ = ["MongoStore"]
 
@@ -59,15 +59,17 @@ class MongoStore(ResultStore):
         return {"$set": {"body": encoded, "expires_at": until, "updated_at": time.time(), **more}}
 
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
-        """Upsert; what is ready and would be replaced by what is not makes a duplicate key."""
-        query: dict[str, Any] = {"_id": task_id} if ready else {"_id": task_id, "ready": False}
+        """Upsert; where one stands that does not give way, that makes a duplicate key."""
+        kept = "done" if ready else "ready"
+        query: dict[str, Any] = {"_id": task_id, kept: {"$ne": True}}
+        row = self._row(encoded, ready=ready, done=ready and not gives_way(encoded, ready=True))
 
         def write(database: Any) -> None:
             try:
-                database.amqptasks_results.update_one(query, self._row(encoded, ready=ready), upsert=True)
+                database.amqptasks_results.update_one(query, row, upsert=True)
             except DuplicateKeyError:
-                if ready:  # two at once: the second try updates
-                    database.amqptasks_results.update_one(query, self._row(encoded, ready=ready), upsert=True)
+                # Or two came at once: then this one updates.
+                database.amqptasks_results.update_one(query, row)
 
         self._run(write)
 

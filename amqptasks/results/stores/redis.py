@@ -6,34 +6,34 @@ waiting is push: one connection and one thread per process listen, while somebod
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from amqptasks.errors import StoreUnavailable
 from amqptasks.results.store import ResultStore, StoredCallback
+from amqptasks.results.stores.redis_news import News
 
 __all__ = ["RedisStore"]
 
 _TASK, _GROUP = "celery-task-meta-", "celery-taskset-meta-"
 _TIMEOUT = 5.0
-_IDLE_SECONDS = 30.0
 _BATCH = 500
 
-#: Replace nothing that is ready. The states are those of `states.READY_STATES`.
-_PUT_UNLESS_READY = """
+#: Replace nothing that does not give way (`store.gives_way`). The states are those of `states.READY_STATES`.
+_PUT = """
 local old = redis.call('GET', KEYS[1])
 if old then
   local ok, meta = pcall(cjson.decode, old)
   if ok and type(meta) == 'table' then
     local status = meta['status']
-    if status == 'SUCCESS' or status == 'FAILURE' or status == 'REVOKED' then return 0 end
+    if status == 'SUCCESS' then return 0 end
+    if ARGV[3] == '0' and (status == 'FAILURE' or status == 'REVOKED') then return 0 end
   end
 end
 redis.call('SET', KEYS[1], ARGV[1])
@@ -63,12 +63,18 @@ class RedisStore(ResultStore):
         self._where = parts.path if parts.scheme == "redis+socket" else f"{parts.hostname}:{parts.port or 6379}"
         self._milliseconds = int(expires * 1000) if expires else 0
         address = "unix" + url[len("redis+socket") :] if parts.scheme == "redis+socket" else url
-        self._client = redis.Redis.from_url(
-            address, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, health_check_interval=30
-        )
-        self._put_unless_ready = self._client.register_script(_PUT_UNLESS_READY)
+        limits = {"socket_timeout": _TIMEOUT, "socket_connect_timeout": _TIMEOUT}
+        # A connection of the pool may be lost in the moment in which it is used: another is not.
+        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+        self._client = redis.Redis.from_url(address, **limits, health_check_interval=30, retry=again)
+        self._put_script = self._client.register_script(_PUT)
         self._add_part = self._client.register_script(_ADD_PART)
-        self._news = _News(self)
+        self._news = News(
+            _TASK,
+            connect=lambda: redis.Redis.from_url(address, **limits, retry=Retry(NoBackoff(), 0)),
+            look=self.get,
+            unavailable=self.unavailable,
+        )
 
     def _run(self, work: Callable[[], Any]) -> Any:
         try:
@@ -83,18 +89,7 @@ class RedisStore(ResultStore):
 
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
         """SET and PUBLISH in one step."""
-        key = _TASK + task_id
-        if not ready:
-            self._run(lambda: self._put_unless_ready(keys=[key], args=[encoded, self._milliseconds]))
-            return
-
-        def write() -> None:
-            with self._client.pipeline(transaction=True) as pipe:
-                pipe.set(key, encoded, px=self._milliseconds or None)
-                pipe.publish(key, encoded)
-                pipe.execute()
-
-        self._run(write)
+        self._run(lambda: self._put_script(keys=[_TASK + task_id], args=[encoded, self._milliseconds, int(ready)]))
 
     def get(self, task_ids: Sequence[str]) -> dict[str, bytes]:
         """MGET."""
@@ -147,119 +142,3 @@ class RedisStore(ResultStore):
         """Close all connections."""
         self._news.close()
         self._client.close()
-
-
-class _News:
-    """The subscriptions of one process."""
-
-    def __init__(self, store: RedisStore) -> None:
-        self._store = store
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._listeners: dict[str, list[StoredCallback]] = {}
-        self._confirmed: dict[str, threading.Event] = {}
-        self._pubsub: Any = None
-        self._idle_since = time.monotonic()
-
-    def listen(self, ids: list[str], callback: StoredCallback) -> Callable[[], None]:
-        if self._pid != os.getpid():
-            self._reset()  # the parent's connection and thread are not ours
-        with self._lock:
-            new = [one for one in ids if one not in self._listeners]
-            for one in ids:
-                self._listeners.setdefault(one, []).append(callback)
-                self._confirmed.setdefault(one, threading.Event())
-            waiting = [self._confirmed[one] for one in ids]
-            try:
-                self._subscribe(new)
-            except redis.RedisError as error:
-                self._forget(ids, callback)
-                raise self._store.unavailable(error) from error
-        until = time.monotonic() + _TIMEOUT
-        for event in waiting:
-            # Before the broker of news has confirmed, what is published is not heard.
-            if not event.wait(max(0.0, until - time.monotonic())):
-                self._forget(ids, callback)
-                raise self._store.unavailable(redis.TimeoutError("no answer to SUBSCRIBE"))
-        return lambda: self._forget(ids, callback)
-
-    def _subscribe(self, ids: list[str]) -> None:
-        if self._pubsub is None:
-            # redis-py has no types there.
-            self._pubsub = self._store._client.pubsub()  # type: ignore[no-untyped-call]
-            ids = list(self._listeners)
-            self._pubsub.subscribe(*(_TASK + one for one in ids))
-            threading.Thread(target=self._run, args=(self._pubsub,), name="amqptasks-results", daemon=True).start()
-        elif ids:
-            self._pubsub.subscribe(*(_TASK + one for one in ids))
-
-    def _forget(self, ids: list[str], callback: StoredCallback) -> None:
-        with self._lock:
-            gone = []
-            for one in ids:
-                callbacks = self._listeners.get(one, [])
-                if callback in callbacks:
-                    callbacks.remove(callback)
-                if not callbacks and self._listeners.pop(one, None) is not None:
-                    self._confirmed.pop(one, None)
-                    gone.append(_TASK + one)
-            self._idle_since = time.monotonic()
-            if gone and self._pubsub is not None:
-                try:
-                    self._pubsub.unsubscribe(*gone)
-                except redis.RedisError:
-                    return  # the thread connects anew, with what is left
-
-    def _run(self, pubsub: Any) -> None:
-        pause = 0.05
-        while pubsub is self._pubsub:
-            try:
-                message = pubsub.get_message(timeout=1.0)
-                pause = 0.05
-            except (redis.RedisError, OSError, ValueError, AttributeError):
-                if pubsub is not self._pubsub:
-                    return
-                time.sleep(pause)
-                pause = min(pause * 2, 2.0)
-                self._look_again()
-                continue
-            if message is not None:
-                self._handle(message)
-            elif not self._listeners and time.monotonic() - self._idle_since > _IDLE_SECONDS:
-                with self._lock:
-                    if not self._listeners and pubsub is self._pubsub:
-                        self._pubsub = None
-                pubsub.close()
-                return
-
-    def _handle(self, message: dict[str, Any]) -> None:
-        task_id = message["channel"].decode().removeprefix(_TASK)
-        with self._lock:
-            callbacks = list(self._listeners.get(task_id, ()))
-            event = self._confirmed.get(task_id)
-        if message["type"] == "subscribe" and event is not None:
-            event.set()
-        elif message["type"] == "message":
-            for callback in callbacks:
-                callback(task_id, message["data"])
-
-    def _look_again(self) -> None:
-        """After a lost connection redis-py subscribes again by itself; what was published meanwhile is looked up."""
-        with self._lock:
-            ids = list(self._listeners)
-        try:
-            found = self._store.get(ids) if ids else {}
-        except StoreUnavailable:
-            return
-        for task_id, encoded in found.items():
-            for callback in list(self._listeners.get(task_id, ())):
-                callback(task_id, encoded)
-
-    def close(self) -> None:
-        with self._lock:
-            pubsub, self._pubsub = self._pubsub, None
-        if pubsub is not None and self._pid == os.getpid():
-            pubsub.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
@@ -19,7 +19,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from amqptasks.errors import ConfigError, StoreUnavailable
-from amqptasks.results.store import ResultStore
+from amqptasks.results.store import ResultStore, gives_way
 
 __all__ = ["SqlStore"]
 
@@ -27,9 +27,10 @@ T = TypeVar("T")
 
 _DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
 _VERSION = 1
-_TIMEOUT, _STATEMENT_SECONDS = 5, 30
-_BATCH = 500
-_EXPIRE_EVERY, _EXPIRE_ROWS, _EXPIRE_BATCHES = 60.0, 1000, 10
+#: Seconds: for connecting, for one statement, for a lock on SQLite's file.
+_TIMEOUT, _STATEMENT_SECONDS, _LOCKED_SECONDS = 5, 10, 30
+_BATCH, _TRIES = 500, 20
+_EXPIRE_EVERY, _EXPIRE_ROWS, _EXPIRE_SECONDS = 60.0, 1000, 5.0
 
 _metadata = sa.MetaData()
 _body = sa.LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb")
@@ -80,8 +81,11 @@ class SqlStore(ResultStore):
             seconds = _STATEMENT_SECONDS
             arguments = {"connect_timeout": _TIMEOUT, "read_timeout": seconds, "write_timeout": seconds}
         else:
-            arguments = {"timeout": _STATEMENT_SECONDS}
-        return sa.create_engine(self._url, connect_args=arguments, **options)
+            arguments = {"timeout": _LOCKED_SECONDS}
+        engine = sa.create_engine(self._url, connect_args=arguments, **options)
+        if engine.driver == "psycopg":
+            _bound_waits(engine)
+        return engine
 
     # -- plumbing -------------------------------------------------------------------------------------------------
 
@@ -140,31 +144,43 @@ class SqlStore(ResultStore):
     # -- ResultStore ----------------------------------------------------------------------------------------------
 
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
-        """Insert or update."""
+        """Insert or update; a row that is ready is looked at before it is replaced."""
         values = {"ready": ready, "body": encoded, "updated_at": time.time()}
-        update = _results.update().where(_results.c.task_id == task_id).values(**values)
-        if not ready:
-            update = update.where(_results.c.ready.is_(False))
-        self._upsert(update, _results.insert().values(task_id=task_id, **values))
+        own = _results.update().where(_results.c.task_id == task_id).values(**values)
+        open_or_old = sa.or_(_results.c.ready.is_(False), _results.c.updated_at <= self._oldest())
+        if not self._upsert(own.where(open_or_old), _results.insert().values(task_id=task_id, **values)) and ready:
+            self._replace_ready(task_id, own)
         if self.expires and time.monotonic() > self._next_expiry:
             self._next_expiry = time.monotonic() + _EXPIRE_EVERY
             self.expire()
 
-    def _upsert(self, update: sa.Update, insert: sa.Insert) -> None:
-        """Update, else insert; a row that came in between is updated, unless the update leaves such a row alone."""
+    def _replace_ready(self, task_id: str, own: sa.Update) -> None:
+        stands = sa.select(_results.c.body).where(_results.c.task_id == task_id)
+        for _ in range(_TRIES):
+            old = self._run(lambda connection: connection.execute(stands).scalar())
+            if old is None or not gives_way(bytes(old), ready=True):
+                return
+            # Compare and swap: another may write at the same time.
+            update = own.where(_results.c.body == old)
+            if self._run(lambda connection, update=update: connection.execute(update).rowcount):  # type: ignore[misc]
+                return
+
+    def _upsert(self, update: sa.Update, insert: sa.Insert) -> bool:
+        """Update, else insert; a row that came in between is updated. Whether the update did not leave it alone."""
 
         def changed(connection: sa.Connection) -> bool:
             return bool(connection.execute(update).rowcount)
 
         if self._run(changed):
-            return
+            return True
         try:
             with self._connected().begin() as connection:
                 connection.execute(insert)
         except IntegrityError:
-            self._run(changed)
+            return self._run(changed)
         except SQLAlchemyError as error:
             raise self._unavailable(error) from error
+        return True
 
     def get(self, task_ids: Sequence[str]) -> dict[str, bytes]:
         """Select."""
@@ -205,13 +221,14 @@ class SqlStore(ResultStore):
         self._run(lambda connection: connection.execute(query))
 
     def expire(self) -> int:
-        """Delete old rows by the index, a thousand at a time, ten times at most."""
+        """Delete old rows by the index, a thousand at a time, for a few seconds at most."""
         if not self.expires:
             return 0
         deleted = 0
+        until = time.monotonic() + _EXPIRE_SECONDS
         for table, column in ((_results, _results.c.task_id), (_groups, _groups.c.group_id)):
             old = sa.select(column).where(table.c.updated_at <= self._oldest()).limit(_EXPIRE_ROWS)
-            for _ in range(_EXPIRE_BATCHES):
+            while True:
 
                 def batch(connection: sa.Connection, table: Any = table, column: Any = column, old: Any = old) -> int:
                     ids = list(connection.execute(old).scalars())
@@ -221,13 +238,48 @@ class SqlStore(ResultStore):
 
                 count = self._run(batch)
                 deleted += count
-                if count < _EXPIRE_ROWS:
+                if count < _EXPIRE_ROWS or time.monotonic() > until:
                     break
         return deleted
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose(close=self._pid == os.getpid())
+
+
+def _bound_waits(engine: sa.Engine) -> None:
+    """Have psycopg give up on a server that does not answer.
+
+    It has no timeout for that, nor has libpq. Those of the server and of TCP are of no use when it is frozen: its
+    kernel goes on to acknowledge.
+    """
+    driver: Any = engine.dialect.loaded_dbapi
+
+    class Connection(driver.Connection):  # type: ignore[misc]
+        """Waits for one answer at a time, a little longer than the server works for it."""
+
+        def wait(self, steps: Generator[int, int, T], *args: Any, **options: Any) -> T:
+            found: T = super().wait(self._in_time(steps), *args, **options)
+            return found
+
+        def _in_time(self, steps: Generator[int, int, T]) -> Generator[int, int, T]:
+            until = time.monotonic() + _STATEMENT_SECONDS + 2
+            try:
+                wish = next(steps)
+                while True:
+                    ready = yield wish
+                    # psycopg says several times a second that nothing is ready.
+                    if not ready and time.monotonic() > until:
+                        self.pgconn.finish()
+                        raise driver.OperationalError(f"no answer for {_STATEMENT_SECONDS + 2} s")
+                    wish = steps.send(ready)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+
+    @sa.event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
+        return Connection.connect(*arguments, **options)
 
 
 def _exists_already(error: DBAPIError) -> bool:

@@ -36,6 +36,18 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- ternary "url" .Values.broker.existingSecretKey (not (empty .Values.broker.url)) -}}
 {{- end -}}
 
+{{/* The Deployments by name, as YAML: the workers, and the beat. */}}
+{{- define "amqptasks.deployments" -}}
+{{- $all := deepCopy .Values.workers -}}
+{{- if .Values.beat.enabled -}}
+{{- if hasKey $all "beat" -}}
+{{- fail "workers.beat: this is the name of the scheduler's Deployment; rename the worker, or set beat.enabled: false" -}}
+{{- end -}}
+{{- $_ := set $all "beat" (merge (dict "isBeat" true) .Values.beat) -}}
+{{- end -}}
+{{- toYaml $all -}}
+{{- end -}}
+
 {{/* Seconds of a duration as the settings take it: 30, 30s, 1h30m. */}}
 {{- define "amqptasks.seconds" -}}
 {{- $units := dict "ms" 0.001 "s" 1.0 "m" 60.0 "h" 3600.0 "d" 86400.0 "w" 604800.0 -}}
