@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Keeps a worker busy and looks at what it holds: memory, open files, threads, channels. Exits with 1 when that grows.
 
-One task in fifty raises, and now and then the broker closes the worker's connections while tasks are in flight. What
-counts is the difference between a tenth of the time and its end, and what the worker then holds after it had nothing to
-do for a while.
+Some tasks raise, and now and then the broker closes the worker's connections while tasks are in flight. What counts is
+the difference between a tenth of the time and its end, and what the worker then holds after it had nothing to do for a
+while.
 
     python -m benchmarks.soak [--minutes 10 | --tasks 1000000] [--idle 60] [-c 2]
+    python -m benchmarks.soak --tasks 200000 --idle 7200
+    python -m benchmarks.soak --tasks 100000 --every 10000 --one-fails-of 2
+    python -m benchmarks.soak --tasks 800000 --every 40000 --lose-every 4000 --while-losing 1
 """
 
 from __future__ import annotations
@@ -32,11 +35,10 @@ from amqptasks.testing.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 2_000
-#: So many batches at a time when connections are lost: enough that they are lost in the middle.
-WHILE_LOSING = 5
 #: The worker is never without work, and the queue never long.
 MOST_WAITING = 20_000
-GROWTH = 1.1
+#: More than both is growth: a part of what there was, and MB.
+GROWTH, MEGABYTES = 1.05, 10.0
 #: An idle leader opens one channel to look whether messages wait (`broker/stall.py`), and keeps it.
 LOOKS = 1
 
@@ -57,7 +59,8 @@ class Sample:
     def outgrows(self, earlier: Sample) -> bool:
         """Whether it is more than it was then, beyond what memory may vary by."""
         counts = (self.files, self.threads) != (earlier.files, earlier.threads)
-        return counts or self.channels > earlier.channels + LOOKS or self.memory > earlier.memory * GROWTH
+        most = max(earlier.memory * GROWTH, earlier.memory + MEGABYTES)
+        return counts or self.channels > earlier.channels + LOOKS or self.memory > most
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Plan:
         every: a sample after so many tasks, with the queue empty.
         one_fails_of: every so manieth task raises.
         lose_every: after so many tasks the broker closes the worker's connections; 0: never.
+        while_losing: so many batches at a time then, so that they are lost in the middle.
         idle: seconds without work at the end.
     """
 
@@ -88,6 +92,7 @@ class Plan:
     every: int = 20_000
     one_fails_of: int = 50
     lose_every: int = 0
+    while_losing: int = 5
     idle: float = 0.0
 
 
@@ -159,7 +164,7 @@ class _Feed:
         """Send some batches, and close the worker's connections meanwhile; how many tasks."""
         names = wait_until(self._connections, 30, "the broker shows the worker's connection", pause=0.1)
         with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(self._app.send_many, self._calls * WHILE_LOSING)
+            sending = pool.submit(self._app.send_many, self._calls * self._plan.while_losing)
             wait_until(lambda: sending.done() or self._waiting(), 30, "tasks are in flight", pause=0.0)
             for name in names:
                 self._management.close_connection(name)
@@ -167,7 +172,7 @@ class _Feed:
             sending.result()
         self._found.losses += 1
         wait_until(lambda: set(self._connections()) - set(names), 30, "the worker is connected again", pause=0.1)
-        return BATCH * WHILE_LOSING
+        return BATCH * self._plan.while_losing
 
     def _sample(self, tasks: int) -> Sample:
         """What the worker holds now."""
@@ -189,13 +194,20 @@ def main() -> None:
     length.add_argument("--tasks", type=int)
     parser.add_argument("--idle", type=float, default=60.0, help="seconds without work at the end")
     parser.add_argument("-c", "--concurrency", type=int, default=2)
+    parser.add_argument("--every", type=int, default=50_000, help="tasks between two looks")
+    parser.add_argument("--one-fails-of", type=int, default=50, help="every so manieth task raises")
+    parser.add_argument("--lose-every", type=int, default=100_000, help="tasks between two losses of all connections")
+    parser.add_argument("--while-losing", type=int, default=5, help=f"times {BATCH:,} tasks that are sent meanwhile")
     options = parser.parse_args()
+    plan = Plan(
+        options.concurrency, options.every, options.one_fails_of, options.lose_every, options.while_losing, options.idle
+    )
 
     def goes_on(tasks: int, passed: float) -> bool:
         return passed < options.minutes * 60 if options.tasks is None else tasks < options.tasks
 
     started = time.monotonic()
-    found = soak(goes_on, Plan(options.concurrency, every=50_000, lose_every=100_000, idle=options.idle))
+    found = soak(goes_on, plan)
     minutes, samples = (time.monotonic() - started) / 60, found.samples
     warm, last = samples[len(samples) // 10], samples[-1]
     print(f"{'tasks':>12}{'MB':>8}{'files':>8}{'threads':>9}{'channels':>10}")

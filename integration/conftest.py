@@ -11,7 +11,9 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from integration.apps import canvas
 from integration.store_servers import stop_servers
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Characters of a worker's log that are shown of a test that failed.
+_SHOWN = 8000
 _IMAGE = os.environ.get("AMQPTASKS_TEST_IMAGE", "rabbitmq:3.13-management")
 
 
@@ -244,6 +248,16 @@ class Bench:
         logs = "\n".join(worker.log[-3000:] for worker in self._workers)
         return f"{len(missing)} of {len(ids)} are not {event}: {sorted(missing)[:5]}\n{logs}"
 
+    def story(self) -> Iterator[tuple[str, str]]:
+        """What a test that failed leaves: its queues, and of each worker the log, with the stacks of all processes."""
+        counts = {name: self.vhost.management.counts(name) for name in self.vhost.management.queues()}
+        yield "queues: (ready, unacknowledged)", str({name: both for name, both in counts.items() if any(both)})
+        for worker in self._workers:
+            if worker.process.poll() is None:
+                worker.process.send_signal(signal.SIGUSR1)
+                time.sleep(0.5)
+            yield worker.log_file.name, worker.log[-_SHOWN:]
+
     def close(self) -> None:
         """End everything."""
         for worker in self._workers:
@@ -258,6 +272,20 @@ def bench(vhost: VirtualHost, tmp_path: Path) -> Iterator[Bench]:
     made = Bench(vhost, tmp_path)
     yield made
     made.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed tells what its workers do, while they are there: it may not fail again."""
+    report = yield
+    if report.when == "call" and report.failed:
+        benches = {id(one): one for one in getattr(item, "funcargs", {}).values() if isinstance(one, Bench)}
+        for bench in benches.values():
+            try:
+                report.sections.extend(bench.story())
+            except Exception as error:  # the failure itself counts
+                report.sections.append(("no story", repr(error)))
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,6 @@ from typing import Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
-import pika
 import psutil
 import pytest
 
@@ -38,6 +37,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import BeatProcess
 from amqptasks.topology.permissions import permissions
 from integration.conftest import ROOT, Bench, Broker, VirtualHost
+from integration.strangers import strange_channel
 
 QUEUE = "amqptasks.beat"
 #: Seconds within which another beat leads.
@@ -71,9 +71,8 @@ class Beats(Bench):
     def remember(self, state: State) -> None:
         """Have the broker hold this state, as beats that ran before would have left it."""
         self.client().declare()
-        connection = pika.BlockingConnection(pika.URLParameters(self.vhost.url))
-        connection.channel().basic_publish("", QUEUE, state.to_bytes())
-        connection.close()
+        with strange_channel(self.vhost.url) as channel:
+            channel.basic_publish("", QUEUE, state.to_bytes())
 
     def leader(self, timeout: float = 15.0) -> BeatProcess:
         """The beat that leads, by what the broker says of its consumers."""
@@ -442,9 +441,8 @@ def test_of_two_states_the_newest_counts_and_one_that_is_not_known_is_left_alone
 
     table = json.loads(newest.to_bytes())
     table["state"] |= {"version": 99, "serial": 1000}
-    connection = pika.BlockingConnection(pika.URLParameters(beats.vhost.url))
-    connection.channel().basic_publish("", QUEUE, json.dumps(table))
-    connection.close()
+    with strange_channel(beats.vhost.url) as channel:
+        channel.basic_publish("", QUEUE, json.dumps(table).encode())
     old = beats.beat(ready=False)
     assert old.wait(20) == 1
     assert "has version 99, and this beat knows 1" in old.log

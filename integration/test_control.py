@@ -22,6 +22,7 @@ from amqptasks.broker.mailbox import REPLY_EXCHANGE, REQUEST_EXCHANGE
 from amqptasks.config import BrokerSettings
 from amqptasks.testing.waiting import wait_until
 from integration.conftest import ROOT, Bench
+from integration.strangers import strange_channel
 
 NODE, TASK = "shop@test", "integration.apps.jobs.note"
 
@@ -374,8 +375,7 @@ def test_headers_of_any_kind_are_told_of(bench: Bench) -> None:
     wait_until(lambda: _ask(bench, "ping", timeout=2.0), 20, "it answers")
     leaders = worker.leaders()
     strange: list[Any] = [datetime.now(UTC), Decimal("1.5"), {"a": [1]}, b"\xff", None, 7]
-    with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
-        channel = connection.channel()
+    with strange_channel(bench.vhost.url) as channel:
         for number, value in enumerate(strange):
             headers = {"task": TASK, "id": f"strange-{number}", "argsrepr": value, "kwargsrepr": value, "x": value}
             properties = pika.BasicProperties(headers=headers, content_type="application/json")

@@ -20,6 +20,7 @@ from amqptasks.message import Envelope
 from amqptasks.testing.waiting import wait_until
 from integration.conftest import ROOT, Bench
 from integration.letters import JOBS, dead, dlq, dlq_command, peak
+from integration.strangers import strange_channel
 
 
 def test_letters_are_grouped_and_stay_where_they_are(bench: Bench) -> None:
@@ -179,8 +180,8 @@ def test_what_the_broker_dead_lettered_has_a_reason_too(bench: Bench) -> None:
     app.declare()
     sent = bench.send(app, "note")
     wait_until(lambda: bench.vhost.ready("default.dlq") == 1, 20, "it has expired")
-    with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
-        connection.channel().basic_publish("", "default.dlq", b"\xff\x00")
+    with strange_channel(bench.vhost.url) as channel:
+        channel.basic_publish("", "default.dlq", b"\xff\x00")
     wait_until(lambda: bench.vhost.ready("default.dlq") == 2, 20, "junk is there too")
     letter, junk = app.dead_letters.letters()
     assert (letter.id, letter.reason, letter.exception) == (sent, "expired", "")

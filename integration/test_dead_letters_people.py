@@ -20,6 +20,7 @@ from amqptasks.testing.rabbitmq import free_port
 from amqptasks.testing.waiting import wait_until
 from integration.conftest import Bench
 from integration.letters import JOBS, dead, dlq, dlq_command, terminal
+from integration.strangers import strange_channel
 
 OTHERS = {"x-queue-type": "quorum", "x-delivery-limit": 20}
 
@@ -367,10 +368,10 @@ def test_a_queue_that_somebody_else_declared_is_used_as_it_is(bench: Bench) -> N
     app = bench.client()
     app.declare()
     declare_as(bench, "default.dlq", {"x-queue-type": "classic", "x-max-length": 10})
-    with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
+    with strange_channel(bench.vhost.url) as channel:
         for one in range(3):
             envelope = Envelope("", "", b"", headers={"id": str(one), "task": f"{JOBS}.note"})
-            connection.channel().basic_publish("amqptasks.dlx", "default", b"[[0],{},{}]", encode_properties(envelope))
+            channel.basic_publish("amqptasks.dlx", "default", b"[[0],{},{}]", encode_properties(envelope))
     wait_until(lambda: bench.vhost.ready("default.dlq") == 3, 10, "they are there")
     for _ in range(2):
         assert [one.id for one in app.dead_letters.letters()] == ["0", "1", "2"]

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import pika
 import psutil
 import pytest
 
@@ -22,6 +23,7 @@ from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
 from integration.conftest import Bench
 from integration.seeds import VARIABLE, run_seed
+from integration.strangers import strange_channel
 
 pytestmark = pytest.mark.fault
 
@@ -298,12 +300,8 @@ def test_of_five_thousand_sends_while_the_broker_is_killed_three_times_none_is_l
 
 
 def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: Bench) -> None:
-    import pika
-
     app = bench.client()
     app.declare()
-    connection = pika.BlockingConnection(pika.URLParameters(bench.vhost.url))
-    channel = connection.channel()
     sound = {"task": "integration.apps.jobs.note", "id": "x"}
     body = b"[[],{},{}]"
     bad = [
@@ -332,10 +330,10 @@ def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: B
     published.append((body, hostile))
     ids = set()
     published *= 50
-    for payload, properties in published:
-        channel.basic_publish("amqptasks", "default", payload, properties)
-        ids.add(bench.send(app, "note", ignore_result=True))
-    connection.close()
+    with strange_channel(bench.vhost.url) as channel:
+        for payload, properties in published:
+            channel.basic_publish("amqptasks", "default", payload, properties)
+            ids.add(bench.send(app, "note", ignore_result=True))
     worker = bench.worker("default", "-c", "2", "--prefetch", "4")
     pids = {process.pid for process in worker.leaders()}
     letters = bench.vhost.dead_letters("default", len(published))

@@ -27,6 +27,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.topology.delays import LADDER_LEVELS, LADDER_MAX_SECONDS, TICK_SECONDS, level_name, ticks
 from integration.conftest import Bench
 from integration.seeds import VARIABLE, run_seed
+from integration.strangers import strange_channel
 
 YEAR = 365 * 86400.0
 COUNTS = "queues/{vhost}?disable_stats=true&enable_queue_totals=true"
@@ -229,11 +230,9 @@ def test_a_task_of_next_year_that_has_come_down_the_ladder_is_sent_up_again(benc
     top = level_name("amqptasks", 24)
     counts = bench.vhost.management.counts
     wait_until(lambda: sum(counts(top)) == 1, 10, "it is on the ladder")
-    connection = pika.BlockingConnection(pika.URLParameters(bench.vhost.url))
-    channel = connection.channel()
-    _, properties, body = channel.basic_get(top, auto_ack=True)
-    channel.basic_publish("amqptasks", "default", body, properties)
-    connection.close()
+    with strange_channel(bench.vhost.url) as channel:
+        _, properties, body = channel.basic_get(top, auto_ack=True)
+        channel.basic_publish("amqptasks", "default", body, properties)
     worker = bench.worker()
     bench.wait_done({bench.send(app, "note")})
     bench.vhost.wait_settled("default")

@@ -17,6 +17,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from amqptasks.worker.catalogue import CATALOGUE
 from integration.conftest import Bench, Broker, VirtualHost
+from integration.strangers import strange_channel
 from integration.test_probes import Http
 
 JOBS, NODE, DEFAULT = "integration.apps.jobs", "shop@test", "default"
@@ -127,9 +128,9 @@ def _of_the_worker(http: Http, has: Callable[..., None]) -> None:
 def _expired(bench: Bench) -> None:
     """Of a client that has the broker keep it though nobody wants it any more."""
     headers = {"task": f"{JOBS}.note", "id": "late", "expires": "2020-01-01T00:00:00+00:00"}
-    with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
+    with strange_channel(bench.vhost.url) as channel:
         properties = pika.BasicProperties(headers=headers, content_type="application/json")
-        connection.channel().basic_publish("", "default", b"[[], {}, {}]", properties)
+        channel.basic_publish("", "default", b"[[], {}, {}]", properties)
 
 
 def _of_the_broker(

@@ -24,6 +24,7 @@ from amqptasks.message import Envelope
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
 from integration.conftest import ROOT, Bench
+from integration.strangers import strange_channel
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -174,8 +175,7 @@ def test_the_live_table_follows(managed: Bench) -> None:
 )
 def test_a_broker_that_counts_less_is_believed_less(config: dict[str, str], tmp_path: Path) -> None:
     with PrivateNode("mute", config=config, tune=False) as node:
-        with pika.BlockingConnection(pika.URLParameters(node.url)) as connection:
-            channel = connection.channel()
+        with strange_channel(node.url) as channel:
             channel.queue_declare("default", durable=True, arguments={"x-queue-type": "quorum"})
             for _ in range(5):
                 channel.basic_publish("", "default", b"x")

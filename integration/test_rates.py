@@ -31,6 +31,7 @@ from amqptasks.worker.delivery import Delivery
 from amqptasks.worker.dispatch import Dispatcher
 from amqptasks.worker.group import plan_groups
 from integration.conftest import Bench
+from integration.strangers import strange_channel
 
 NODE, PACED = "shop@test", "integration.apps.jobs.paced"
 WAITING = f"amqptasks.rate.{PACED}"
@@ -384,16 +385,15 @@ def test_strangers_cannot_jam_a_rate_queue(bench: Bench) -> None:
     _limit(bench, "20/s")
     app = bench.client()
     bench.worker("default", "-c", "1")
-    connection = pika.BlockingConnection(pika.URLParameters(bench.vhost.url))
     strange: list[dict[str, Any]] = [
         {}, {"task": PACED, "id": ["a", "list"]}, {"task": PACED, "id": "x", "x-amqptasks-turn": {"a": [1]}},
         {"task": PACED, "id": "y", "x-amqptasks-home": 7}, {"task": PACED, "id": "z", "x-amqptasks-home": "x" * 300},
         {"task": PACED, "id": "nowhere", "x-amqptasks-home": "no-such-queue"},
     ]  # fmt: skip
-    for headers in strange * 10:
-        properties = pika.BasicProperties(headers=headers, content_type="application/json")
-        connection.channel().basic_publish("amqptasks", WAITING, b"[[], {}, {}]", properties)
-    connection.close()
+    with strange_channel(bench.vhost.url) as channel:
+        for headers in strange * 10:
+            properties = pika.BasicProperties(headers=headers, content_type="application/json")
+            channel.basic_publish("amqptasks", WAITING, b"[[], {}, {}]", properties)
     ids = {bench.send(app, "paced") for _ in range(5)}
     bench.wait_done({*ids, "x", "y", "z", "nowhere"}, timeout=40)
     bench.vhost.wait_settled(WAITING)

@@ -16,6 +16,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from integration.apps.hearing import FILE, heard
 from integration.conftest import ROOT, Bench
+from integration.strangers import strange_channel
 
 NAME = "integration.apps.listening"
 
@@ -62,10 +63,9 @@ def listening(vhost: Any, tmp_path: Path) -> Any:
 
 
 def publish_raw(bench: Bench, body: bytes, headers: dict[str, Any]) -> None:
-    connection = pika.BlockingConnection(pika.URLParameters(bench.vhost.url))
     properties = pika.BasicProperties(headers=headers, content_type="application/json", delivery_mode=2)
-    connection.channel().basic_publish("amqptasks", "default", body, properties)
-    connection.close()
+    with strange_channel(bench.vhost.url) as channel:
+        channel.basic_publish("amqptasks", "default", body, properties)
 
 
 def test_every_signal_is_heard_in_its_process_though_every_handler_raises(listening: Listening) -> None:

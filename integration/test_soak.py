@@ -33,3 +33,18 @@ def test_connections_that_are_lost_while_tasks_are_in_flight_leave_nothing_behin
     found = soak(lambda tasks, _seconds: tasks < 60_000, Plan(every=12_000, lose_every=4_000))
     assert found.losses >= found.in_flight >= 3
     judge(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fifty_thousand_tasks_that_raise_leave_nothing_behind() -> None:
+    judge(soak(lambda tasks, _seconds: tasks < 100_000, Plan(every=10_000, one_fails_of=2)))
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_lost_connections_leave_nothing_behind() -> None:
+    found = soak(lambda tasks, _seconds: tasks < 804_000, Plan(every=40_000, lose_every=4_000, while_losing=1))
+    assert found.losses >= 200
+    judge(found)

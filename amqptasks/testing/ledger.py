@@ -91,7 +91,9 @@ class Ledger:
         """All lines, or those of one event."""
         if not self.path.exists():
             return []
-        rows = (line.split(",", 4) for line in self.path.read_text().splitlines())
+        # Without the line that somebody is writing: its first half is to be seen before the rest.
+        written, _, _ = self.path.read_text().rpartition("\n")
+        rows = (line.split(",", 4) for line in written.splitlines())
         found = [Entry(row[0], int(row[1]), int(row[2]), float(row[3]), row[4]) for row in rows]
         return [entry for entry in found if event is None or entry.event == event]
 

@@ -57,8 +57,10 @@ class _Program:
 
     @property
     def log(self) -> str:
-        """What it has written so far."""
-        return self.log_file.read_bytes()[self._begins :].decode(errors="replace")
+        """What it has written so far; whole lines while it runs."""
+        runs = self.process.poll() is None
+        text = self.log_file.read_bytes()[self._begins :].decode(errors="replace")
+        return text[: text.rfind("\n") + 1] if runs else text
 
     def wait_ready(self, timeout: float = 20.0) -> Self:
         """Wait until it says that it is ready."""

@@ -21,5 +21,6 @@ def write(name: str, **fields: Any) -> None:
 
 
 def heard(file: Path) -> list[dict[str, Any]]:
-    """What was written so far."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """What was written so far, without a line of which only a part stands there."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

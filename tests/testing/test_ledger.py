@@ -31,6 +31,14 @@ def test_a_flawless_run(ledger: Ledger) -> None:
     assert verdict.again == 1
 
 
+def test_a_line_that_somebody_is_writing_is_not_read_yet(ledger: Ledger) -> None:
+    record("a", "done")
+    whole = ledger.path.read_text()
+    for length in range(len(whole)):
+        ledger.path.write_text(whole + whole[:length])
+        assert len(ledger.entries()) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "wrong"),
     [
