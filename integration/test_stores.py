@@ -183,6 +183,7 @@ def test_a_store_that_was_used_survives_a_fork(store: ResultStore) -> None:
     assert decode_result(store.get([child])[child]).result == "from the child"
 
 
+@pytest.mark.timing
 def test_who_waits_is_told_soon(store: ResultStore, kind: str) -> None:
     access = StoredResults(store)
     soon = 0.3 if kind == "redis" else 1.5

@@ -328,6 +328,7 @@ def test_a_dead_letter_without_a_queue_is_kept_as_unroutable(vhost, channel):
 # --- the delay ladder ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.6])
 def test_a_delayed_message_is_never_early_and_hardly_late(vhost, channel, seconds):
     declared(vhost.url)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import os
 import random
 import secrets
@@ -66,17 +68,39 @@ def install_rabbitmq() -> None:
         raise NodeError("the package rabbitmq-server was installed, but its scripts were not found")
 
 
+#: Ports that were given out here, and not again while this process lives.
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of the loopback that nobody uses at this moment.
+    """A TCP port of the loopback that nobody uses now, and no process gets from here while this one lives.
 
     Below those that the system gives to connections (32768 and above, on Linux): one of them might be a connection's by
     the time that somebody listens.
     """
     while True:
         port = random.randrange(15_000, 32_000)
+        if port in _given or not _reserve(port):
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _given.add(port)
             return port
+
+
+def _reserve(port: int) -> bool:
+    """Whether no other process has it: each that runs has locked a byte for every port of its own."""
+    try:
+        fcntl.lockf(_reservations(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _reservations() -> int:
+    file = Path(tempfile.gettempdir()) / f"amqptasks-ports-{os.getuid()}"
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 class PrivateNode:
