@@ -135,6 +135,11 @@ def pid_of(path: str) -> None:
     note(path, str(os.getpid()))
 
 
+@app.task
+async def apid_of(path: str) -> None:
+    note(path, str(os.getpid()))
+
+
 class Pool:
     """A dispatcher with real executors, on a loop that runs while a test waits."""
 
@@ -372,6 +377,26 @@ def test_an_executor_that_was_stopped_before_it_reported_what_it_ran_is_replaced
     assert bench.wait(bench.send(nap, 0), timeout=15) == [Succeeded()]
     assert first.exists()
     assert bench.dispatcher.restarts == {"silent": 1}
+
+
+@pytest.mark.parametrize("pool", ALL)
+@pytest.mark.parametrize("task", [pid_of, apid_of], ids=["sync", "async"])
+def test_an_executor_that_stood_still_gives_back_what_another_ran_meanwhile(
+    make: Any, pool: str, task: Any, tmp_path: Any
+) -> None:
+    """Its job came while it stood, and the lease ended before it went on."""
+    file = tmp_path / "pids"
+    bench = make(pool, 2, 2)
+    bench.wait(*[bench.send(nap, 0.1) for _ in range(2)])
+    still, other = bench.dispatcher.executors
+    os.kill(still.pid, signal.SIGSTOP)
+    ids = [bench.send(task, str(file)) for _ in range(2)]
+    assert still.inflight
+    assert bench.wait(*ids) == [Succeeded()] * 2
+    os.kill(still.pid, signal.SIGCONT)
+    bench.run_until(lambda: not still.silent)  # it was heard: it has read what came
+    assert bench.wait(*[bench.send(nap, 0.1) for _ in range(4)]) == [Succeeded()] * 4
+    assert file.read_text().split() == [str(other.pid)] * 2
 
 
 @pytest.mark.parametrize("pool", MANY)
