@@ -7,7 +7,7 @@ while.
 
     python -m benchmarks.soak [--minutes 10 | --tasks 1000000] [--idle 60] [-c 2]
     python -m benchmarks.soak --tasks 200000 --idle 7200
-    python -m benchmarks.soak --tasks 100000 --every 10000 --one-fails-of 2
+    python -m benchmarks.soak --tasks 100000 --every 10000 --one-fails-of 2 --lose-every 100000000
     python -m benchmarks.soak --tasks 800000 --every 40000 --lose-every 4000 --while-losing 1
 """
 

@@ -14,7 +14,7 @@ import pika
 import psutil
 import pytest
 
-from amqptasks import AmqpTasks, ChordError, TaskRevoked, chord, group
+from amqptasks import AmqpTasks, ChordError, TaskRevoked, chain, chord, group
 from amqptasks.testing.waiting import wait_until
 from integration.apps.canvas import add, body, identity, part, slow
 from integration.conftest import Bench, CanvasBench
@@ -147,6 +147,74 @@ def test_terminate_ends_what_runs(desk: CanvasBench, pool: str) -> None:
     assert add.delay(1, 2).get(15) == 3
     assert desk.vhost.dead_letters("default", 1)[0]["properties"]["headers"]["x-task-reason"] == "revoked"
     assert app.control is not None
+
+
+def test_all_with_a_stamp_are_revoked_wherever_they_are(desk: CanvasBench) -> None:
+    """One runs, one waits in the worker, others in their queue, on the ladder, in a chain; those of others run."""
+    app = desk.caller()
+    desk.worker("default", "-c", "1", "--prefetch", "2")
+    running = slow.s(60).stamp(customer="acme", batch=7).delay()
+    wait_until(lambda: running.state == "STARTED", 10, "it runs")
+    waiting = [add.s(1, one).stamp(customer="acme").delay() for one in range(3)]
+    delayed = add.s(1, 2).stamp(customer="acme").apply_async(countdown=1.5)
+    chained = chain(add.s(1, 2), add.s(3)).stamp(customer=["umbrella", "acme"]).delay()
+    others = [add.s(1, one).stamp(customer="umbrella").delay() for one in range(3)]
+    app.control.revoke_by_stamped_headers({"customer": "acme"}, terminate=True)
+    for one in (running, *waiting, delayed, chained):
+        with pytest.raises(TaskRevoked):
+            one.get(15)
+    assert [one.get(15) for one in others] == [1, 2, 3]
+    later = desk.worker("default", "-c", "1")
+    with pytest.raises(TaskRevoked):
+        add.s(1, 2).stamp(customer="acme").delay().get(15)
+    assert later.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["celery", "control", "revoke_by_stamped_headers", "customer=acme"],
+        ["amqptasks", "control", "revoke_by_stamped_headers", "customer=acme"],
+        ["amqptasks", "revoke", "--stamp", "customer=acme", "--expires", "1h"],
+    ],
+    ids=" ".join,
+)
+def test_commands_revoke_by_stamps(bench: Bench, command: list[str]) -> None:
+    """Celery's own, and ours; two workers hear the broadcast, and the journal keeps it for those that come later."""
+    app = bench.client()
+    workers = [bench.worker("default", "-c", "1", "-n", f"{name}@test") for name in "ab"]
+    note = app.signature("integration.apps.jobs.note")
+    revoked = {note.clone().stamp(customer="acme").apply_async(countdown=4.0).id for _ in range(4)}
+    kept = note.clone().stamp(customer="other").apply_async(countdown=4.0).id
+    done = subprocess.run(
+        [sys.executable, "-m", command[0], "-b", bench.vhost.url, *command[1:]],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "customer=acme" in done.stdout
+    assert [one.stop() for one in workers] == [0, 0]
+    bench.worker("default", "-c", "1")
+    bench.wait_done({kept})
+    assert _reasons(bench, 4) == dict.fromkeys(revoked, "revoked")
+    assert _ran(bench, *revoked) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name tasks by their ids, or by --stamp NAME=VALUE"),
+        (["--stamp", "customer"], "'customer' is no stamp: write name=value"),
+        (["x", "--expires", "1h"], "--expires is for --stamp"),
+        (["--stamp", "a=b", "--expires", "soon"], "'soon' is not a duration"),
+        (["--stamp", "a=b", "--expires", "99d"], "at most revoke.expires"),
+    ],
+)
+def test_mistakes_with_stamps_are_told_in_one_line(bench: Bench, arguments: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "amqptasks", "--config", str(bench.config), "revoke", *arguments]
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert words in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_the_command_revokes_and_tells_mistakes_in_one_line(bench: Bench) -> None:

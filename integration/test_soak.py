@@ -41,7 +41,6 @@ def test_fifty_thousand_tasks_that_raise_leave_nothing_behind() -> None:
     judge(soak(lambda tasks, _seconds: tasks < 100_000, Plan(every=10_000, one_fails_of=2)))
 
 
-@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_hundred_lost_connections_leave_nothing_behind() -> None:

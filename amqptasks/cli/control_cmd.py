@@ -61,6 +61,9 @@ _CONTROL = {
         "set a task's rate limit, 0 for none: TASK 10/m", (("task_name", str), ("rate_limit", str)), required=2
     ),
     "revoke": _Command("have tasks not run any more: ID…", (("task_id", str),), required=1, variadic=True),
+    "revoke_by_stamped_headers": _Command(
+        "the same for all tasks with a stamp: NAME=VALUE…", (("headers", str),), required=1, variadic=True
+    ),
     "terminate": _Command(
         "end tasks that run, too: SIGNAL ID…", (("signal", str), ("task_id", str)), required=2, variadic=True
     ),

@@ -16,6 +16,7 @@ from amqptasks.config.quantities import parse_rate
 from amqptasks.errors import PublishError
 from amqptasks.message import Envelope
 from amqptasks.outcome import Failed, Outcome, RateLimited, Reason
+from amqptasks.protocol.revokes import Revocable, is_revoked
 from amqptasks.topology.build import rate_entities, rate_queue
 from amqptasks.worker.delivery import PASSED_HEADER, Delivery
 from amqptasks.worker.dispatch import LEASE, LEASE_GRACE, Dispatcher
@@ -140,36 +141,37 @@ class Attendants:
     @property
     def judging(self) -> bool:
         """Whether `judge` may have something to say of any message."""
-        return bool(self.revokes.ids or self._limited)
+        return bool(self.revokes.known or self._limited)
 
     def judge(self, delivery: Delivery) -> Outcome | None:
         """The outcome of a message that must not run, or not yet."""
         headers = delivery.headers
-        if headers["id"] in self.revokes.ids:
+        if self.revokes.known and is_revoked(headers, self.revokes.known):
             return _revoked()
         queue = self._limited.get(str(headers["task"]))
         return RateLimited(queue) if queue is not None and PASSED_HEADER not in headers else None
 
     # -- revokes --------------------------------------------------------------------------------------------------
 
-    def _revoked(self, ids: tuple[str, ...], signum: int | None) -> None:
+    def _revoked(self, keys: tuple[Revocable, ...], signum: int | None) -> None:
         dispatcher = self._dispatcher
         if not dispatcher.busy and not dispatcher.waiting:
             return
-        wanted = set(ids)
+        wanted = frozenset(keys)
         self._sweep(wanted)
+        held = [str(one.headers["id"]) for one in dispatcher.held() if is_revoked(one.headers, wanted)]
         if signum is not None:
-            for task_id in ids:
+            for task_id in held:
                 dispatcher.terminate(task_id, _revoked(signum), signum)
-        elif any(str(delivery.headers.get("id")) in wanted for delivery in dispatcher.held()):
+        elif held:
             # An executor may have it in its batch: what it does not start while the lease lasts comes back.
             self._call_later(LEASE + 2 * LEASE_GRACE, partial(self._sweep, wanted))
 
-    def _sweep(self, wanted: set[str]) -> None:
+    def _sweep(self, wanted: frozenset[Revocable]) -> None:
         """What waits here and is revoked gets its outcome; the others wait on, in their order."""
         found = []
         for delivery in self._dispatcher.take_waiting(suspects=True):
-            if delivery.verdict is None and delivery.headers.get("id") in wanted:
+            if delivery.verdict is None and is_revoked(delivery.headers, wanted):
                 found.append(delivery)
             else:
                 self._dispatcher.submit(delivery)
@@ -224,7 +226,7 @@ class Attendants:
             self._prefix,
             self._plan.queue,
             self._rates[task],
-            revoked=self.revokes.ids,
+            revoked=self.revokes.known,
             publish=self._publish,
             call_later=self._call_later,
             missing=partial(self._make, task),

@@ -11,6 +11,7 @@ import structlog
 
 from amqptasks.broker.consumer import Consumer
 from amqptasks.broker.link import Link
+from amqptasks.protocol.revokes import checked_ids, checked_stamps
 from amqptasks.worker.attendants import Attendants
 from amqptasks.worker.autoscale import Autoscaler
 from amqptasks.worker.delivery import Delivery
@@ -217,12 +218,13 @@ class Inspection:
         self._dispatcher.roll()
         return {"ok": "every executor is replaced when it has finished what it runs"}
 
-    def _revoke(self, ids: list[str], terminate: bool, signal: str | int) -> dict[str, str]:
+    def _revoke(self, ids: list[str], stamps: Any, terminate: bool, signal: str | int) -> dict[str, str]:
         try:
-            self._attendants.revokes.revoke(ids, terminate, signal)
+            keys = checked_ids(ids) if stamps is None else checked_stamps(stamps)
+            self._attendants.revokes.revoke(keys, terminate, signal)
         except ValueError as error:
             return {"error": str(error)}
-        return {"ok": f"tasks {', '.join(ids)} flagged as revoked"}
+        return {"ok": f"tasks {', '.join(ids)} flagged as revoked" if stamps is None else f"headers {stamps} revoked"}
 
     def _rate_limit(self, task: str, rate_limit: str | float | None) -> dict[str, str]:
         try:

@@ -74,6 +74,7 @@ class RemoteControl:
             "rate_limit": self._rate_limit,
             "revoked": self._revoked,
             "revoke": self._revoke,
+            "revoke_by_stamped_headers": self._revoke_stamps,
             "terminate": lambda reply, **arguments: self._revoke(reply, **{**arguments, "terminate": True}),
             "pool_grow": lambda reply, n=1, **_ignored: self._pool(reply, int(n)),
             "pool_shrink": lambda reply, n=1, **_ignored: self._pool(reply, -int(n)),
@@ -319,7 +320,13 @@ class RemoteControl:
         self, reply: _Reply, task_id: Any = (), terminate: bool = False, signal: Any = None, **_ignored: Any
     ) -> None:
         ids = [task_id] if isinstance(task_id, str) else [str(one) for one in task_id or ()]
-        arguments = {"ids": ids, "terminate": bool(terminate), "signal": signal or "SIGTERM"}
+        arguments = {"ids": ids, "stamps": None, "terminate": bool(terminate), "signal": signal or "SIGTERM"}
+        self._change(reply, "revoke", arguments)
+
+    def _revoke_stamps(
+        self, reply: _Reply, headers: Any = (), terminate: bool = False, signal: Any = None, **_ignored: Any
+    ) -> None:
+        arguments = {"ids": [], "stamps": headers, "terminate": bool(terminate), "signal": signal or "SIGTERM"}
         self._change(reply, "revoke", arguments)
 
     def _revoked(self, reply: _Reply, **_ignored: Any) -> None:

@@ -19,6 +19,7 @@ import structlog
 from amqptasks.broker.consumer import Consumer, Incoming
 from amqptasks.errors import PublishError, Unroutable
 from amqptasks.message import Envelope
+from amqptasks.protocol.revokes import Revocable, is_revoked
 from amqptasks.worker.delivery import HOME_HEADER, PASSED_HEADER, TURN_HEADER
 from amqptasks.worker.effects import copy_message
 
@@ -62,7 +63,7 @@ class RateQueue:
         exchange: leads home, by a queue's name.
         home: where a message goes that does not say where it came from.
         rate: messages a second; 0 lets all pass.
-        revoked: ids of tasks that will not run: they need no turn.
+        revoked: what will not run, and needs no turn.
         publish: publishes an envelope and calls back with None when it is confirmed, or with the error.
         missing: called with what to do when the queue stands; it makes it.
     """
@@ -74,7 +75,7 @@ class RateQueue:
         home: str,
         rate: float,
         *,
-        revoked: Container[object],
+        revoked: Container[Revocable],
         publish: Callable[[Envelope, Callable[[PublishError | None], None]], None],
         call_later: Callable[[float, Callable[[], None]], Any],
         missing: Callable[[Callable[[], None]], None],
@@ -199,7 +200,7 @@ class RateQueue:
         while held:
             now = time.monotonic()
             incoming = held[0]
-            if self.rate and str((incoming.properties.headers or {}).get("id")) not in self._revoked:
+            if self.rate and not is_revoked(incoming.properties.headers or {}, self._revoked):
                 if now < self._next:
                     self._wait(now)
                     return

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -23,7 +23,7 @@ from amqptasks.broker.consumer import Consumer, Incoming
 from amqptasks.config.sections import RevokeSettings
 from amqptasks.errors import DecodeError, PublishError
 from amqptasks.message import Envelope
-from amqptasks.protocol.revokes import Revocation, checked_ids, decode_journal, marker, signal_number
+from amqptasks.protocol.revokes import Revocable, Revocation, decode_journal, marker, signal_number
 from amqptasks.topology.build import revoked_queue
 
 __all__ = ["RevokeBook"]
@@ -44,7 +44,8 @@ class RevokeBook:
     Args:
         publish: publishes an envelope and calls back with None when it is confirmed, or with the error.
         blocked: whether the broker takes no messages at the moment.
-        act: called with ids that were revoked just now and the signal for those that run, None to let them finish.
+        act: called with ids and stamps that were revoked just now and the signal for those that run, None to let them
+            finish.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class RevokeBook:
         publish: Callable[[Envelope, Callable[[PublishError | None], None]], None],
         call_later: Callable[[float, Callable[[], None]], Any],
         blocked: Callable[[], bool],
-        act: Callable[[tuple[str, ...], int | None], None],
+        act: Callable[[tuple[Revocable, ...], int | None], None],
     ) -> None:
         self._prefix = prefix
         self._settings = settings
@@ -63,8 +64,8 @@ class RevokeBook:
         self._call_later = call_later
         self._blocked = blocked
         self._act = act
-        #: id -> when it is forgotten, in seconds of the epoch. The oldest first.
-        self.ids: dict[str, float] = {}
+        #: Id or stamp -> when it is forgotten, in seconds of the epoch. The oldest first.
+        self.known: dict[Revocable, float] = {}
         self._connection: Any = None
         self._stopped = False
         #: The stream's offset to go on with; None for its beginning.
@@ -78,7 +79,7 @@ class RevokeBook:
         #: The last tag that was read and not acknowledged.
         self._unacknowledged: tuple[int, int] | None = None
         #: Revokes that came another way, and are not seen in the journal yet.
-        self._to_journal: dict[str, Revocation] = {}
+        self._to_journal: dict[Revocable, Revocation] = {}
         self._consumer = Consumer(
             revoked_queue(prefix),
             _PREFETCH,
@@ -157,8 +158,8 @@ class RevokeBook:
             return
         self._call_later(_TICK_SECONDS, self._tick)
         now = time.time()
-        for task_id in [task_id for task_id, expires in self.ids.items() if expires <= now]:
-            del self.ids[task_id]
+        for key in [key for key, expires in self.known.items() if expires <= now]:
+            del self.known[key]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -189,7 +190,7 @@ class RevokeBook:
             return
         if isinstance(entry, Revocation):
             # What a broadcast brought before is not acted on twice.
-            news = tuple([task_id for task_id in entry.ids if self._to_journal.pop(task_id, None) is None])
+            news = tuple([key for key in entry.keys if self._to_journal.pop(key, None) is None])
             self._enter(entry, news)
         elif entry == self._marker:
             self._complaint = ""
@@ -201,53 +202,53 @@ class RevokeBook:
             self._unacknowledged = None
             self._consumer.send_ack(tag, epoch, multiple=True)
 
-    def _enter(self, entry: Revocation, news: tuple[str, ...]) -> None:
+    def _enter(self, entry: Revocation, news: tuple[Revocable, ...]) -> None:
         if entry.expires <= time.time():
             return
-        ids = self.ids
-        for task_id in entry.ids:
-            ids.pop(task_id, None)
-            ids[task_id] = entry.expires
-        _shorten(ids, self._settings.limit)
+        known = self.known
+        for key in entry.keys:
+            known.pop(key, None)
+            known[key] = entry.expires
+        _shorten(known, self._settings.limit)
         if news:
             self._act(news, entry.signum)
 
     # -- for remote control ---------------------------------------------------------------------------------------
 
     def revoked_ids(self) -> list[str]:
-        """The ids that are remembered, the oldest first."""
-        return list(self.ids)
+        """The ids that are remembered, the oldest first; stamps as ``name=value``."""
+        return [key if isinstance(key, str) else "=".join(key) for key in self.known]
 
-    def revoke(self, ids: Iterable[str], terminate: bool = False, signal: str | int = "SIGTERM") -> None:
+    def revoke(self, keys: tuple[Revocable, ...], terminate: bool = False, signal: str | int = "SIGTERM") -> None:
         """Revoke at once, for a command that was broadcast to all workers; one of them writes it into the journal.
 
-        Raises `ValueError` for what is no id, or no signal.
+        Raises `ValueError` for what is no signal.
         """
         signum = signal_number(signal)
-        entry = Revocation(checked_ids(ids), time.time() + self._settings.expires, signum if terminate else None)
-        for task_id in entry.ids:
-            self._to_journal[task_id] = entry
+        entry = Revocation(keys, time.time() + self._settings.expires, signum if terminate else None)
+        for key in keys:
+            self._to_journal[key] = entry
         _shorten(self._to_journal, self._settings.limit)
-        self._enter(entry, entry.ids)
+        self._enter(entry, keys)
         self._call_later(random.uniform(0, _JOURNAL_WITHIN), lambda: self._write(entry))
 
     def _write(self, entry: Revocation) -> None:
         """Into the journal, unless another leader was first."""
-        if any(self._to_journal.get(task_id) is entry for task_id in entry.ids):
+        if any(self._to_journal.get(key) is entry for key in entry.keys):
             self._publish(
                 Envelope(self._prefix, self._consumer.queue, entry.encode()), lambda error: self._written(entry, error)
             )
 
     def _written(self, entry: Revocation, error: PublishError | None) -> None:
         if error is None:
-            for task_id in entry.ids:
-                self._to_journal.pop(task_id, None)
+            for key in entry.keys:
+                self._to_journal.pop(key, None)
             return
-        _log.error("A revoke cannot be kept; trying again", ids=len(entry.ids), error=str(error))
+        _log.error("A revoke cannot be kept; trying again", ids=len(entry.keys), error=str(error))
         self._call_later(_REOPEN_FIRST, lambda: self._write(entry))
 
 
-def _shorten(table: dict[str, Any], limit: int) -> None:
+def _shorten(table: dict[Revocable, Any], limit: int) -> None:
     """Forget the oldest beyond the limit. All at once: a look for the first key passes all that went before."""
     for key in list(islice(table, max(0, len(table) - limit))):
         del table[key]

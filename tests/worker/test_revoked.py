@@ -25,31 +25,31 @@ def test_of_three_hundred_thousand_revokes_the_newest_hundred_thousand_are_remem
     timers: list[Callable[[], None]] = []
     made = book(RevokeSettings(), timers)
     for start in range(0, 300_000, 1000):
-        made.revoke(f"id-{number}" for number in range(start, start + 1000))
+        made.revoke(tuple(f"id-{number}" for number in range(start, start + 1000)))
         for timer in timers[1:]:
             timer()
         del timers[1:]
-    assert list(made.ids) == [f"id-{number}" for number in range(200_000, 300_000)]
+    assert list(made.known) == [f"id-{number}" for number in range(200_000, 300_000)]
     assert not made._to_journal
 
 
 def test_what_cannot_be_written_down_is_bounded_too() -> None:
     made = book(RevokeSettings(limit=2000), [])
     for start in range(0, 10_000, 1000):
-        made.revoke(f"id-{number}" for number in range(start, start + 1000))
-    assert len(made.ids) == len(made._to_journal) == 2000
+        made.revoke(tuple(f"id-{number}" for number in range(start, start + 1000)))
+    assert len(made.known) == len(made._to_journal) == 2000
 
 
 def test_a_revoke_goes_when_its_time_is_over() -> None:
     timers: list[Callable[[], None]] = []
     made = book(RevokeSettings(expires=0.3), timers)
-    made.revoke(["short"])
+    made.revoke(("short",))
     longer = RevokeSettings(expires=60)
     made._settings = longer
-    made.revoke(["long"])
+    made.revoke(("long",))
     tick = timers[0]
     tick()
-    assert list(made.ids) == ["short", "long"]
+    assert list(made.known) == ["short", "long"]
     time.sleep(0.35)
     tick()
-    assert list(made.ids) == ["long"]
+    assert list(made.known) == ["long"]
