@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,11 @@ def version(node: PrivateNode) -> tuple[int, int]:
 
 
 def run_long_and_short(there: Bench, impatient: PrivateNode) -> WorkerProcess:
-    """One long task, short ones meanwhile, and some afterwards: each runs once."""
+    """One long task, which runs once, short ones meanwhile, and some afterwards.
+
+    The broker takes back all that a channel holds: a short one that has ended runs again when its acknowledgement
+    comes too late, one each time at most, since there is one at a time.
+    """
     app = there.client()
     app.declare()
     worker = there.worker("default", "-c", "2")
@@ -67,8 +72,11 @@ def run_long_and_short(there: Bench, impatient: PrivateNode) -> WorkerProcess:
     wait_until(lambda: management.counts("default") == (0, 0), 20, "all is acknowledged", pause=0.1)
     later = {there.send(app, "note") for _ in range(20)}
     there.wait_done(later, timeout=20)
-    runs = [entry.task_id for entry in there.ledger.entries("begin")]
-    assert sorted(runs) == sorted(sent | later), "each ran once"
+    runs = Counter(entry.task_id for entry in there.ledger.entries("begin"))
+    assert runs.keys() == sent | later
+    assert runs[slow] == 1
+    again = runs - Counter(runs.keys())
+    assert again.total() <= worker.log.count("Consumer lost"), again
     return worker
 
 
