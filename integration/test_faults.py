@@ -182,6 +182,29 @@ def test_after_a_cut_connection_the_running_task_is_adopted_and_not_run_again(
     assert worker.stop() == 0
 
 
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+def test_an_ack_that_is_lost_with_its_connection_costs_no_second_run(
+    bench: Bench, proxy: TcpProxy, through_proxy: str, kind: str
+) -> None:
+    """It was sent, and did not arrive: the broker gives the message out again, and it needs nothing but another ack."""
+    bench.settings["queues"] = {"default": {"type": kind}}
+    app = bench.client()
+    worker = bench.worker("default", "-c", "1", url=through_proxy)
+    release = bench.folder / "release"
+    task_id = bench.send(app, "waits_for", str(release), ignore_result=True)
+    bench.wait_done({task_id}, event="begin")
+    proxy.stall()
+    release.touch()
+    bench.wait_done({task_id})
+    time.sleep(0.5)  # the ack is on its way
+    proxy.cut()
+    proxy.resume()
+    wait_until(lambda: worker.log.count("Consuming") == 2, 20, "it consumes again")
+    bench.wait_done({bench.send(app, "note", ignore_result=True)})
+    bench.vhost.wait_settled("default")
+    assert len([one for one in bench.ledger.entries("begin") if one.task_id == task_id]) == 1
+
+
 def test_a_task_that_ends_while_the_connection_is_down_is_acknowledged_when_it_comes_back(
     bench: Bench, proxy: TcpProxy, through_proxy: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from amqptasks.broker.consumer import Incoming
@@ -24,6 +25,7 @@ __all__ = [
     "failure_event",
     "header_crashes",
     "header_verdict",
+    "key_of",
     "retry_event",
 ]
 
@@ -50,6 +52,12 @@ _TELLING = (
     "x-death",
 )
 Key = tuple[str, ...]
+
+
+def key_of(headers: Mapping[str, object]) -> Key:
+    """`Delivery.key` of a message with these headers."""
+    # As text: what a stranger sends as an id may be a list.
+    return tuple(str(headers.get(name)) for name in _TELLING)
 
 
 class Stage(Enum):
@@ -121,8 +129,7 @@ class Delivery:
         its own counts, and by when it was published. One that came down the delay ladder, or has passed its rate limit,
         is another one than before: that one was moved, this one is to run.
         """
-        # As text: what a stranger sends as an id may be a list.
-        return tuple(str(self.headers.get(name)) for name in _TELLING)
+        return key_of(self.headers)
 
     def is_call(self, task_id: str) -> bool:
         """Whether it is the call of this id, and not decided already."""

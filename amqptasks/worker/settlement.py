@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import structlog
@@ -23,7 +23,8 @@ from amqptasks.broker.acks import AckWindow
 from amqptasks.errors import MessageTooLarge, Nacked, PublishError, Unroutable, Unwritable
 from amqptasks.message import Envelope
 from amqptasks.outcome import Discarded, Failed, GivenBack, Outcome, RateLimited, Reason
-from amqptasks.worker.delivery import Delivery, Key, Stage
+from amqptasks.protocol.task import PUBLISHED_HEADER
+from amqptasks.worker.delivery import Delivery, Key, Stage, key_of
 from amqptasks.worker.effects import SMALLEST, Effects
 from amqptasks.worker.tally import Tally
 
@@ -38,6 +39,8 @@ _RETRY_DECLARED = 3.0
 UNROUTABLE_TRIES = 4
 #: Outcomes of deliveries whose channel was lost before they could be settled, by message.
 _REMEMBERED = 50_000
+#: So many acknowledgements may be on their way when a channel is lost: the most that `prefetch: auto` asks for.
+_ON_THE_WAY = 1024
 #: The broker gives a message out again within seconds. What was sent anew much later, and looks the same, is not it.
 _REMEMBERED_SECONDS = 600.0
 
@@ -92,6 +95,8 @@ class Settlement:
         self._stragglers_planned = False
         #: Deliveries whose effects are not confirmed yet.
         self.settling: set[Delivery] = set()
+        #: Headers of what was acknowledged last: the broker may not have heard of it when the channel is lost.
+        self._acknowledged: deque[Mapping[str, Any] | None] = deque(maxlen=_ON_THE_WAY)
         #: Each with when it was.
         self._remembered: OrderedDict[Key, tuple[float, Outcome]] = OrderedDict()
         self.tally = tally or Tally()
@@ -112,7 +117,7 @@ class Settlement:
             # The broker has taken the message back, and gives it to somebody again. If that is this worker, the task
             # need not run a second time; nothing is published twice.
             delivery.stage = Stage.SETTLED
-            self._remember(delivery, outcome)
+            self._remember(delivery.key, outcome)
             return
         if isinstance(outcome, GivenBack):
             self._give_back(delivery)
@@ -222,10 +227,9 @@ class Settlement:
         else:
             # Published and confirmed, but the channel is gone: the redelivery only needs the ack.
             delivery.stage = Stage.SETTLED
-            self._remember(delivery, Discarded())
+            self._remember(delivery.key, Discarded())
 
-    def _remember(self, delivery: Delivery, outcome: Outcome) -> None:
-        key = delivery.key
+    def _remember(self, key: Key, outcome: Outcome) -> None:
         self._remembered.pop(key, None)  # the newest stands last
         self._remembered[key] = time.monotonic(), outcome
         if len(self._remembered) > _REMEMBERED:
@@ -237,6 +241,7 @@ class Settlement:
         delivery.stage = Stage.SETTLED
         window = self._current_window()
         window.finish(delivery.tag, delivery)
+        self._acknowledged.append(delivery.incoming.properties.headers)
         if not self._flush_planned:
             # Once a turn of the loop: a batch of outcomes is one frame.
             self._flush_planned = True
@@ -251,7 +256,13 @@ class Settlement:
         if self._window.epoch != self._consumer.epoch:
             # Finished, and the channel was lost before the ack: the redelivery needs nothing else.
             for delivery in self._window.rest():
-                self._remember(delivery, Discarded())
+                self._remember(delivery.key, Discarded())
+            # So it is when the ack was sent and not heard. Only what says when it was published can be told for certain
+            # from another call under the same id.
+            for headers in self._acknowledged:
+                if headers is not None and PUBLISHED_HEADER in headers:
+                    self._remember(key_of(headers), Discarded())
+            self._acknowledged.clear()
             self._window = AckWindow(self._consumer.epoch)
         return self._window
 

@@ -27,6 +27,7 @@ from amqptasks.outcome import (
     Retrying,
     Succeeded,
 )
+from amqptasks.protocol.task import PUBLISHED_HEADER
 from amqptasks.worker.delivery import CRASHES_HEADER, Delivery, Stage
 from amqptasks.worker.effects import SMALLEST, TRACEBACK_BYTES, Effects
 from amqptasks.worker.settlement import Settlement
@@ -330,6 +331,24 @@ def test_what_had_ended_and_was_not_acknowledged_when_the_channel_was_lost_is_no
     wire.settlement.settle(again, outcome)
     wire.turn()
     assert wire.sent == [("ack", (1, True))]
+
+
+def test_what_was_acknowledged_as_the_channel_was_lost_is_not_run_again() -> None:
+    wire = Wire()
+    sent = [{PUBLISHED_HEADER: 1000 + number} for number in range(2000)]
+    for number, headers in enumerate(sent, 1):
+        wire.settlement.settle(delivery(number, **headers), Succeeded())
+        wire.turn()
+    wire.settlement.settle(delivery(2001), Succeeded())  # who sent it does not say when
+    wire.turn()
+    assert len(wire.sent) == 2001
+    wire.epoch = 2
+    again = [delivery(number, epoch=2, redelivered=True, **headers) for number, headers in enumerate(sent, 1)]
+    found = [wire.settlement.remembered(one) for one in again]
+    assert found == [None] * (2000 - 1023) + [Discarded()] * 1023
+    assert wire.settlement.remembered(delivery(2001, epoch=2, redelivered=True)) is None
+    anew = delivery(2000, epoch=2, redelivered=True, **{PUBLISHED_HEADER: 9000})
+    assert wire.settlement.remembered(anew) is None, "another call under the same id"
 
 
 def test_a_message_that_is_too_large_fails_its_task_when_the_others_are_confirmed() -> None:
