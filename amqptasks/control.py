@@ -58,7 +58,7 @@ class Control:
 
     def revoke_by_stamped_headers(
         self,
-        headers: Mapping[str, Any] | Sequence[str],
+        headers: Mapping[str, Any] | list[str],
         terminate: bool = False,
         signal: str | int = "SIGTERM",
         *,
@@ -82,7 +82,7 @@ class Control:
 
     async def arevoke_by_stamped_headers(
         self,
-        headers: Mapping[str, Any] | Sequence[str],
+        headers: Mapping[str, Any] | list[str],
         terminate: bool = False,
         signal: str | int = "SIGTERM",
         *,
