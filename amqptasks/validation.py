@@ -55,7 +55,7 @@ class ArgumentValidator:
             self._names = [parameter.name for parameter in parameters]
             names = set(self._names)
             stand_in.__annotations__ = {name: hint for name, hint in hints.items() if name in names}
-            stand_in.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            stand_in.__signature__ = signature.replace(  # type: ignore[attr-defined]  # inspect reads it
                 parameters=[p.replace(annotation=hints.get(p.name, p.empty)) for p in parameters],
                 return_annotation=inspect.Signature.empty,
             )

@@ -40,8 +40,8 @@ class Stampable:
 
     def walk(self) -> Iterator[Any]:
         """This signature and those inside it."""
-        raise NotImplementedError
+        raise NotImplementedError  # this is a part of `Signature`, which has it
 
     def linked(self, name: str) -> list[Any]:
         """The signatures under ``link`` or ``link_error``."""
-        raise NotImplementedError
+        raise NotImplementedError  # this is a part of `Signature`, which has it

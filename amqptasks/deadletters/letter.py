@@ -209,11 +209,11 @@ class Letter:
             content_encoding=self.content_encoding,
             headers=dict(self.headers),
             # They go on as they came, bytes too.
-            message_id=self.message_id or self.correlation_id,  # type: ignore[arg-type]
-            correlation_id=self.correlation_id,  # type: ignore[arg-type]
-            reply_to=self.reply_to,  # type: ignore[arg-type]
+            message_id=self.message_id or self.correlation_id,  # type: ignore[arg-type]  # bytes too
+            correlation_id=self.correlation_id,  # type: ignore[arg-type]  # bytes too
+            reply_to=self.reply_to,  # type: ignore[arg-type]  # bytes too
             priority=self.priority,
-            expiration=self.expiration,  # type: ignore[arg-type]
+            expiration=self.expiration,  # type: ignore[arg-type]  # bytes too
             provenance=self.provenance,
         )
 

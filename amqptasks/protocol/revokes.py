@@ -31,7 +31,8 @@ IDS_IN_A_MESSAGE = 1_000
 Revocable = str | tuple[str, str]
 #: An id is a message's correlation id, which has 255 bytes (AMQP 0-9-1, short string).
 _LONGEST_ID = 255
-_LONGEST_STAMP = 1_000
+#: Name and value together: what is remembered of stamps takes no more memory than ids do.
+_LONGEST_STAMP = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,10 @@ def decode_journal(body: bytes) -> Revocation | str:
         raise DecodeError(f"expires is {expires!r:.40}, not a time")
     try:
         signum = signal_number(table.get("signal") or "SIGTERM") if table.get("terminate") is True else None
-        keys = (*checked_ids(table["revoke"]), *(_stamp(*one) for one in table.get("stamps") or ()))
+        stamps = table.get("stamps") or ()
+        if len(stamps) > IDS_IN_A_MESSAGE:
+            raise ValueError(f"{len(stamps)} stamps in one message; {IDS_IN_A_MESSAGE} are the most")
+        keys = (*checked_ids(table["revoke"]), *(_stamp(*one) for one in stamps))
         return Revocation(keys, float(expires), signum)
     except (TypeError, ValueError) as error:
         raise DecodeError(str(error)) from None
@@ -120,9 +124,14 @@ def _listed(values: Any) -> list[Any]:
 
 def _stamp(name: Any, value: Any) -> Revocable:
     text = str(value) if isinstance(value, str | int | float) else ""
-    if not isinstance(name, str) or not name or not text or len(name) + len(text) > _LONGEST_STAMP:
+    if (
+        not isinstance(name, str)
+        or not name
+        or not text
+        or len(f"{name}{text}".encode("utf-8", "surrogatepass")) > _LONGEST_STAMP
+    ):
         what = f"{name!r:.40}" if value is None else f"{name!r:.40}={value!r:.40}"
-        raise ValueError(f"{what} is no stamp: write name=value, {_LONGEST_STAMP} characters at most")
+        raise ValueError(f"{what} is no stamp: write name=value, {_LONGEST_STAMP} bytes at most")
     return name, text
 
 

@@ -126,7 +126,7 @@ class Channel:
         if self.deaf:
             return []
         # Written by a process of this worker: see the class.
-        return [marshal.loads(frame) for frame in self._frames.feed(data)]  # noqa: S302
+        return [marshal.loads(frame) for frame in self._frames.feed(data)]  # noqa: S302 - of a fork of this process
 
     def close(self) -> None:
         """Close this end."""

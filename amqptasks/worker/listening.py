@@ -55,7 +55,7 @@ def listen(address: str | None, old: Listening | None = None, *, name: str = "wo
     host = host.strip("[]")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        made = socket.create_server((host or "0.0.0.0", int(port)), family=family, backlog=_BACKLOG)  # noqa: S104
+        made = socket.create_server((host or "0.0.0.0", int(port)), family=family, backlog=_BACKLOG)  # noqa: S104 - `:PORT`
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (while")[0]  # Python says the address once more
         raise ConfigError(f"{name}: cannot listen on {address}: {why}") from None

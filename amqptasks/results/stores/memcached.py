@@ -94,7 +94,7 @@ class MemcachedStore(ResultStore):
                     return
                 # mypy cannot infer a lambda that has a default.
                 done = self._run(
-                    lambda client, token=token: client.cas(key, encoded, token, self._lifetime, noreply=False)  # type: ignore[misc]
+                    lambda client, token=token: client.cas(key, encoded, token, self._lifetime, noreply=False)  # type: ignore[misc]  # mypy cannot infer a default
                 )
                 if done:
                     return

@@ -288,7 +288,7 @@ class _Session:
         self._prefix = prefix
         self._client = client
         # redis-py has no types there.
-        self._pubsub: Any = client.pubsub()  # type: ignore[no-untyped-call]
+        self._pubsub: Any = client.pubsub()  # type: ignore[no-untyped-call]  # redis-py's
         self._socket: socket.socket | None = None
         self._sent: set[str] = set()
         #: SUBSCRIBEs that are not confirmed, and how many words Redis owes in all.

@@ -162,7 +162,7 @@ class SqlStore(ResultStore):
                 return
             # Compare and swap: another may write at the same time.
             update = own.where(_results.c.body == old)
-            if self._run(lambda connection, update=update: connection.execute(update).rowcount):  # type: ignore[misc]
+            if self._run(lambda connection, update=update: connection.execute(update).rowcount):  # type: ignore[misc]  # mypy cannot infer a default
                 return
 
     def _upsert(self, update: sa.Update, insert: sa.Insert) -> bool:
@@ -191,7 +191,7 @@ class SqlStore(ResultStore):
                 _results.c.task_id.in_(some), _results.c.updated_at > self._oldest()
             )
             # mypy cannot infer a lambda that has a default.
-            rows = self._run(lambda connection, query=query: connection.execute(query).all())  # type: ignore[misc]
+            rows = self._run(lambda connection, query=query: connection.execute(query).all())  # type: ignore[misc]  # mypy cannot infer a default
             found.update({row[0]: bytes(row[1]) for row in rows})
         return found
 
@@ -201,7 +201,7 @@ class SqlStore(ResultStore):
             some = task_ids[start : start + _BATCH]
             query = _results.delete().where(_results.c.task_id.in_(some))
             # As above.
-            self._run(lambda connection, query=query: connection.execute(query))  # type: ignore[misc]
+            self._run(lambda connection, query=query: connection.execute(query))  # type: ignore[misc]  # mypy cannot infer a default
 
     def put_group(self, group_id: str, encoded: bytes) -> None:
         """Insert or update."""
@@ -255,7 +255,7 @@ def _bound_waits(engine: sa.Engine) -> None:
     """
     driver: Any = engine.dialect.loaded_dbapi
 
-    class Connection(driver.Connection):  # type: ignore[misc]
+    class Connection(driver.Connection):  # type: ignore[misc]  # a driver that is loaded by name
         """Waits for one answer at a time, a little longer than the server works for it."""
 
         def wait(self, steps: Generator[int, int, T], *args: Any, **options: Any) -> T:
