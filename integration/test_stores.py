@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +57,15 @@ def store(url: str) -> Iterator[ResultStore]:
     made = open_store(url, expires=3600)
     yield made
     made.close()
+
+
+@contextmanager
+def meanwhile(seconds: float, what: Callable[[], object]) -> Iterator[None]:
+    """`what` begins so much later on another thread, and has ended before the store is closed."""
+    timer = threading.Timer(seconds, what)
+    timer.start()
+    yield
+    timer.join()
 
 
 def encoded(task_id: str = "a", status: str = "SUCCESS", result: Any = 1) -> bytes:
@@ -197,14 +206,14 @@ def test_who_waits_is_told_soon(store: ResultStore, kind: str) -> None:
             store.put(result.id, encoded(result.id, "PROGRESS", {"done": 1}), ready=False)
             store.put(result.id, encoded(result.id, result=7), ready=True)
 
-        threading.Timer(pause, put).start()
-        assert result.get(10) == 7
-        assert time.monotonic() - put_at[0] < soon
+        with meanwhile(pause, put):
+            assert result.get(10) == 7
+            assert time.monotonic() - put_at[0] < soon
     with pytest.raises(ResultTimeout):
         AsyncResult(fresh(), access).get(timeout=0.2)
     many = [AsyncResult[int](fresh(), access) for _ in range(50)]
-    threading.Timer(0.1, lambda: [store.put(one.id, encoded(one.id), ready=True) for one in many]).start()
-    assert GroupResult(fresh(), many, access=access).get(10) == [1] * 50
+    with meanwhile(0.1, lambda: [store.put(one.id, encoded(one.id), ready=True) for one in many]):
+        assert GroupResult(fresh(), many, access=access).get(10) == [1] * 50
 
 
 def test_one_listener_that_raises_ends_nobody_elses_waiting(store: ResultStore) -> None:
@@ -229,8 +238,8 @@ def test_one_listener_that_raises_ends_nobody_elses_waiting(store: ResultStore) 
     thread.join(20)
     assert values == [7]
     after: AsyncResult[int] = AsyncResult(fresh(), access)
-    threading.Timer(0.2, lambda: store.put(after.id, encoded(after.id, result=8), ready=True)).start()
-    assert after.get(20) == 8
+    with meanwhile(0.2, lambda: store.put(after.id, encoded(after.id, result=8), ready=True)):
+        assert after.get(20) == 8
     stop()
 
 
@@ -437,8 +446,8 @@ def test_celery_reads_our_results_and_we_read_celerys(theirs: celery.Celery) -> 
     with pytest.raises(KeyError, match="c"):
         AsyncResult[Any](broken, access).get(5)
     waiting: AsyncResult[Any] = AsyncResult(fresh(), access)
-    threading.Timer(0.2, lambda: theirs.backend.store_result(waiting.id, 3, "SUCCESS")).start()
-    assert waiting.get(5) == 3
+    with meanwhile(0.2, lambda: theirs.backend.store_result(waiting.id, 3, "SUCCESS")):
+        assert waiting.get(5) == 3
     store.close()
 
 

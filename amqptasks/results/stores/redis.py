@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from amqptasks.errors import StoreUnavailable
@@ -24,6 +24,9 @@ __all__ = ["RedisStore"]
 _TASK, _GROUP = "celery-task-meta-", "celery-taskset-meta-"
 _TIMEOUT = 5.0
 _BATCH = 500
+#: Who finds the connection lost tries so many times more, for 0.6 s in all.
+_AGAIN = 4
+_PAUSE_FIRST, _PAUSE_MAX = 0.02, 0.5
 
 #: Replace nothing that does not give way (`store.gives_way`). The states are those of `states.READY_STATES`.
 _PUT = """
@@ -64,27 +67,31 @@ class RedisStore(ResultStore):
         self._milliseconds = int(expires * 1000) if expires else 0
         address = "unix" + url[len("redis+socket") :] if parts.scheme == "redis+socket" else url
         limits = {"socket_timeout": _TIMEOUT, "socket_connect_timeout": _TIMEOUT}
-        # A connection of the pool may be lost in the moment in which it is used: another is not.
-        again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-        self._client = redis.Redis.from_url(address, **limits, health_check_interval=30, retry=again)
+        # Here and not in the client, which would try to connect so often for each time that it tries a command.
+        self._again = Retry(
+            ExponentialBackoff(cap=_PAUSE_MAX, base=_PAUSE_FIRST), _AGAIN, supported_errors=(redis.ConnectionError,)
+        )
+        once = Retry(NoBackoff(), 0)
+        self._client = redis.Redis.from_url(address, **limits, health_check_interval=30, retry=once)
         self._put_script = self._client.register_script(_PUT)
         self._add_part = self._client.register_script(_ADD_PART)
         self._news = News(
             _TASK,
-            connect=lambda: redis.Redis.from_url(address, **limits, retry=Retry(NoBackoff(), 0)),
+            connect=lambda: redis.Redis.from_url(address, **limits, retry=once),
             look=self.get,
             unavailable=self.unavailable,
         )
 
     def _run(self, work: Callable[[], Any]) -> Any:
+        """`work`, which may run again: a connection is lost in the moment in which it is used, or as it is made."""
         try:
-            return work()
+            return self._again.call_with_retry(work, lambda _: None, lambda error: not _is_refused(error))
         except redis.RedisError as error:
             raise self.unavailable(error) from error
 
     def unavailable(self, error: Exception) -> StoreUnavailable:
         """The error of this store, which names no password."""
-        kind = "refused the password" if isinstance(error, redis.AuthenticationError) else f"cannot be used: {error}"
+        kind = "refused the password" if _is_refused(error) else f"cannot be used: {error}"
         return StoreUnavailable(f"Redis at {self._where} {kind}")
 
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
@@ -142,3 +149,7 @@ class RedisStore(ResultStore):
         """Close all connections."""
         self._news.close()
         self._client.close()
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, redis.AuthenticationError)

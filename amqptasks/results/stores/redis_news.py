@@ -31,7 +31,7 @@ _ANSWER_SECONDS = _QUIET_SECONDS = 5.0
 _IDLE_SECONDS = 30.0
 _PAUSE_FIRST, _PAUSE_MAX = 0.05, 2.0
 #: Who asks to be subscribed is refused when so many connections were tried for it, and lost or refused.
-_TRIES = 3
+_TRIES = 5
 _BATCH = 500
 
 logger = logging.getLogger(__name__)
