@@ -355,7 +355,7 @@ class AmqpTasks(Periodic):
 
     def _builtin(self) -> dict[str, AnyTask]:
         made: dict[str, AnyTask] = {}
-        for name, function in builtin_tasks(self._task_named).items():
+        for name, function in builtin_tasks(self._task_named, lambda: self.calls.claims).items():
             made[name] = Task[..., Any]().made_of(
                 function, name=name, options=TaskOptions(max_retries=0), bind=False, host=lambda: self
             )

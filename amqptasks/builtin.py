@@ -1,4 +1,5 @@
-"""Tasks that every app has, under Celery's names: what `map`, `starmap` and `chunks` send, and the end of a group."""
+"""Tasks that every app has: what `map`, `starmap` and `chunks` send and the end of a group, under Celery's names; and
+the one that deletes a large body."""
 
 from __future__ import annotations
 
@@ -7,13 +8,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from amqptasks.canvas.plan import COLLECT
-from amqptasks.errors import InvalidArguments
+from amqptasks.claims import FORGET, Claims
+from amqptasks.errors import ConfigError, InvalidArguments, Retry, StoreUnavailable
 
-__all__ = ["builtin_tasks"]
+__all__ = ["builtin_tasks", "is_builtin"]
 
 
-def builtin_tasks(tasks: Callable[[str], Callable[..., Any] | None]) -> dict[str, Callable[..., Any]]:
-    """Name -> function. `tasks` finds the one to call, in the process that runs them."""
+#: When a body that could not be deleted is tried again.
+_AGAIN_SECONDS = 60.0
+
+
+def is_builtin(name: str) -> bool:
+    """Whether nobody's application has this task, but every one."""
+    return name.startswith(("celery.", "amqptasks."))
+
+
+def builtin_tasks(
+    tasks: Callable[[str], Callable[..., Any] | None], claims: Callable[[], Claims | None]
+) -> dict[str, Callable[..., Any]]:
+    """Name -> function. `tasks` finds the one to call, and `claims` the store of large bodies, in the process that runs
+    them."""
 
     def find(task: Mapping[str, Any]) -> Callable[..., Any]:
         name = task.get("task")
@@ -35,7 +49,16 @@ def builtin_tasks(tasks: Callable[[str], Callable[..., Any] | None]) -> dict[str
         index = kwargs.get("index")
         return list(args) if index is None else args[index]
 
-    return {"celery.map": xmap, "celery.starmap": xstarmap, COLLECT: accumulate}
+    def forget_body(key: str) -> None:
+        store = claims()
+        if store is None:
+            raise ConfigError(f"the body {key} cannot be deleted: claim_check.url is not set here")
+        try:
+            store.forget(key)
+        except StoreUnavailable as error:
+            raise Retry(exc=error, when=_AGAIN_SECONDS) from error
+
+    return {"celery.map": xmap, "celery.starmap": xstarmap, COLLECT: accumulate, FORGET: forget_body}
 
 
 def _call(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *items: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from amqptasks.announce import Announced, announce
 from amqptasks.canvas import Signature
 from amqptasks.canvas.types import as_list
+from amqptasks.claims import claims_of
 from amqptasks.config import Settings
 from amqptasks.errors import ConfigError
 from amqptasks.ids import new_id
@@ -95,6 +96,8 @@ class Calls:
         self._settings = settings
         #: The keys of messages' signatures; None where nothing is signed.
         self.keys = settings.security.keyring()
+        #: Keeps large bodies; None where they travel whole.
+        self.claims = claims_of(settings)
         self._router = router
         self.callee = callee
 
@@ -103,6 +106,14 @@ class Calls:
         if self.keys is not None:
             self.keys.sign(envelope)
         return envelope
+
+    def check_in(self, envelope: Envelope) -> None:
+        """Keep the envelope's body, where it is large and a store is set, and have a claim travel. May block.
+
+        Raises `StoreUnavailable`, `MessageTooLarge`.
+        """
+        if self.claims is not None:
+            self.claims.check_in(envelope)
 
     def pin(self, one: Signature) -> None:
         """Write into a task's signature where it goes by these settings: a process with others may send it."""

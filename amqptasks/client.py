@@ -76,6 +76,9 @@ class Client:
             # The reply queue must exist before the message does, and the publisher's own thread makes it.
             await asyncio.to_thread(self._publish, prepared)
         else:
+            claims = self._calls.claims
+            if claims is not None and claims.takes(prepared.envelope):
+                await asyncio.to_thread(claims.check_in, prepared.envelope)
             await self._async_publisher.publish(prepared.envelope, retry=prepared.retry, retry_policy=prepared.policy)
         self._sent(prepared)
         return handle
@@ -182,12 +185,15 @@ class Client:
         if self._eager is not None:
             self._eager([prepared.envelope])
             return
+        self._calls.check_in(prepared.envelope)
         self._publisher.publish(prepared.envelope, retry=prepared.retry, retry_policy=prepared.policy)
 
     def _publish_many(self, prepared: Sequence[Prepared]) -> None:
         if self._eager is not None:
             self._eager([one.envelope for one in prepared])
             return
+        for one in prepared:
+            self._calls.check_in(one.envelope)
         outcomes = self._publisher.publish_many([one.envelope for one in prepared])
         if after_task_publish.receivers or self._sent_events is not None:
             for one, outcome in zip(prepared, outcomes, strict=True):

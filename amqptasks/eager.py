@@ -18,6 +18,7 @@ from amqptasks.canvas.plan import expand
 from amqptasks.config import Settings
 from amqptasks.errors import ChordError
 from amqptasks.events import Bus
+from amqptasks.execution.bodies import Bodies
 from amqptasks.execution.followups import FollowUps
 from amqptasks.execution.job import Job
 from amqptasks.execution.reports import Reporter
@@ -67,6 +68,7 @@ class Eager:
             queue="eager",
             hostname="eager",
             bus=Bus(),
+            bodies=Bodies(settings, None, None),
             soft_limit=lambda _seconds: nullcontext(),
             reporter=reporter,
             follow=FollowUps(calls, tasks.get, reporter, settings.topology.prefix),

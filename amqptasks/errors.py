@@ -26,7 +26,7 @@
     ├── TimeLimitExceeded              the hard time limit ended the task
     ├── ResultUnavailable              there is no result to be had, now or later
     ├── ResultTimeout                  no result in time; a `TimeoutError` too
-    ├── StoreUnavailable               the result store cannot be used
+    ├── StoreUnavailable               the store of results, or of large bodies, cannot be used
     ├── ChordError                     a part of the chord failed
     ├── RemoteError                    an exception whose class is not imported here
     └── WorkerLost                     the process that ran the task died
@@ -199,7 +199,7 @@ class ResultTimeout(AmqpTasksError, TimeoutError):
 
 
 class StoreUnavailable(AmqpTasksError):
-    """The result store cannot be used. Names host and port, never the password."""
+    """The store of results, or of large bodies, cannot be used. Names host and port, never the password."""
 
 
 class ChordError(AmqpTasksError):

@@ -89,7 +89,7 @@ class Discarded:
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """The message came before its time (`eta`): it waits `delay` more seconds in the broker."""
+    """The message came before its time (`eta`), or its body cannot be had: it waits `delay` seconds in the broker."""
 
     delay: float
 

@@ -17,6 +17,7 @@ __all__ = [
     "BrokerSeconds",
     "Compression",
     "Count",
+    "FileSystemUrl",
     "HttpAddress",
     "ManagementUrl",
     "PoolName",
@@ -113,6 +114,15 @@ def _backend(value: str) -> str:
     return value
 
 
+def _file_system(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if not (scheme and separator and rest):
+        raise ValueError("a file system's URL is SCHEME://PATH, such as file:///mnt/tasks or s3://bucket/tasks")
+    if scheme == "file" and not rest.startswith("/"):
+        raise ValueError("a directory's URL has three slashes and its whole path, such as file:///mnt/tasks")
+    return value
+
+
 _DURATION_SCHEMA = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
 _SIZE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]})
 _RATE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]})
@@ -141,6 +151,7 @@ AmqpUrls = Annotated[
 RegularExpression = Annotated[str, AfterValidator(_compiles)]
 ResultBackend = Annotated[str, AfterValidator(_backend)]
 HttpAddress = Annotated[str, BeforeValidator(http_address)]
+FileSystemUrl = Annotated[str, AfterValidator(_file_system)]
 ManagementUrl = Annotated[str, AfterValidator(_management_url)]
 TimeZone = Annotated[str, AfterValidator(_zone)]
 Prefetch = Annotated[int, Field(ge=1, le=65535)] | Literal["auto"]

@@ -32,6 +32,7 @@ from amqptasks.config.fields import (
 )
 from amqptasks.config.periodic import ScheduleSettings
 from amqptasks.config.sections import (
+    ClaimCheckSettings,
     EventSettings,
     LoggingSettings,
     RevokeSettings,
@@ -376,6 +377,7 @@ class Settings(_Model):
     worker: WorkerSettings = Field(default_factory=WorkerSettings, description="Defaults of the worker.")
     events: EventSettings = Field(default_factory=EventSettings, description="Events for monitors.")
     serialization: SerializationSettings = Field(default_factory=SerializationSettings, description="Bodies.")
+    claim_check: ClaimCheckSettings = Field(default_factory=ClaimCheckSettings, description="A store of large bodies.")
     security: SecuritySettings = Field(default_factory=SecuritySettings, description="Signatures of messages.")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs.")
     sentry: SentrySettings = Field(default_factory=SentrySettings, description="Sentry.")

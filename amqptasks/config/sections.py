@@ -6,9 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from amqptasks.config.fields import Count, Seconds
+from amqptasks.config.fields import Count, FileSystemUrl, Seconds, Size
 
-__all__ = ["EventSettings", "LoggingSettings", "RevokeSettings", "SentrySettings", "TestingSettings"]
+__all__ = [
+    "ClaimCheckSettings",
+    "EventSettings",
+    "LoggingSettings",
+    "RevokeSettings",
+    "SentrySettings",
+    "TestingSettings",
+]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 _REVOKE_MAX_SECONDS = 60 * 86400
@@ -23,6 +30,18 @@ class RevokeSettings(BaseModel):
         50 * 86400.0, description="A revoke is forgotten after this time, 60d at most. The delay ladder holds 48.5d."
     )
     limit: Count = Field(100_000, description="Most revoked ids that a worker remembers; the newest win.")
+
+
+class ClaimCheckSettings(BaseModel):
+    """A store for large bodies: a claim travels through the broker in their place (the claim check pattern)."""
+
+    model_config = _FROZEN
+
+    url: FileSystemUrl | None = Field(
+        None, description="A directory that all processes see (file:///mnt/tasks), or a file system of fsspec."
+    )
+    above: Size = Field(256 * 1024, description="Bodies larger than this go there, as they are written.")
+    keep: Seconds = Field(60.0, description="A body is deleted so long after its task has succeeded.")
 
 
 class EventSettings(BaseModel):

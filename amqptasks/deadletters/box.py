@@ -11,6 +11,7 @@ from typing import Any
 
 from amqptasks.app import AmqpTasks
 from amqptasks.broker.admin import purge
+from amqptasks.claims import Claim, read_body
 from amqptasks.deadletters.groups import Filter, Group
 from amqptasks.deadletters.letter import EDITED_HEADER, Letter
 from amqptasks.deadletters.moving import WINDOW, Moved, Publish, Run, batches, publish_all, told, unreachable
@@ -20,7 +21,7 @@ from amqptasks.message import Envelope
 from amqptasks.protocol.compression import compress
 from amqptasks.protocol.serializers import accepted
 from amqptasks.protocol.signing import SIGNATURE_HEADER
-from amqptasks.protocol.task import Body, decode_body, encode_arguments
+from amqptasks.protocol.task import Body, decode_body, encode_arguments, shown
 
 __all__ = ["DeadLetters"]
 
@@ -112,11 +113,15 @@ class DeadLetters:
         raise ConfigError(f"there is no dead letter {letter_id!r}; `amqptasks dlq list` shows ids")
 
     def body(self, letter: Letter) -> Body:
-        """A letter's arguments. Raises `DecodeError`."""
+        """A letter's arguments. Raises `DecodeError`, and `StoreUnavailable` where a store keeps them."""
+        return self._read(letter)[0]
+
+    def _read(self, letter: Letter) -> tuple[Body, Claim | None]:
         accept = accepted(self._settings.serialization.accept_content)
         compression = letter.headers.get("compression")
         limit = self._settings.serialization.max_body
-        return decode_body(letter.body, letter.content_type, compression, accept, limit)
+        body, content_type, claim = read_body(self._app.calls.claims, letter.body, letter.content_type)
+        return decode_body(body, content_type, compression, accept, limit), claim
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
@@ -171,17 +176,23 @@ class DeadLetters:
             task.validate(list(args), dict(kwargs))
         except InvalidArguments as error:
             raise InvalidArguments(f"not edited: {error}") from None
-        old = self.body(letter)
-        packer = accepted(self._settings.serialization.accept_content)[letter.content_type]
-        body = encode_arguments(letter.task, args, kwargs, old.embed, packer)
+        old, claim = self._read(letter)
+        content_type = letter.content_type if claim is None else claim.content_type
+        packer = accepted(self._settings.serialization.accept_content)[content_type]
+        body = plain = encode_arguments(letter.task, args, kwargs, old.embed, packer)
         compression = letter.headers.get("compression")
+        if compression:
+            body = compress(body, compression)
+        claims = self._app.calls.claims
+        if claim is not None and claims is not None:
+            body = claims.written(body, content_type)
         headers = {
             **letter.headers,
-            "argsrepr": repr(tuple(args)),
-            "kwargsrepr": repr(dict(kwargs)),
+            "argsrepr": shown(tuple(args), args, plain),
+            "kwargsrepr": shown(dict(kwargs), kwargs.values(), plain),
             EDITED_HEADER: datetime.now(UTC).isoformat(),
         }
-        edited = replace(letter, headers=headers, body=compress(body, compression) if compression else body)
+        edited = replace(letter, headers=headers, body=body)
         # Who edits a letter has read it, and vouches for what it says now.
         moved = self._move(
             Filter(ids=frozenset({letter_id})),

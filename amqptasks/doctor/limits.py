@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from amqptasks.app import AmqpTasks
+from amqptasks.builtin import is_builtin
 from amqptasks.config import Settings
 from amqptasks.doctor.findings import Finding, Level
 
@@ -28,7 +29,7 @@ def longest_limits(settings: Settings, app: AmqpTasks | None) -> dict[str, float
     found = dict.fromkeys(settings.queues, 0.0)
     for name, task in app.tasks.items():
         queue = app.router.explain(name, task_queue=task.options.queue).route.queue
-        if queue in found and not name.startswith("celery."):
+        if queue in found and not is_builtin(name):
             found[queue] = max(found[queue], task.options.time_limit or default)
     return found
 

@@ -13,7 +13,7 @@ from amqptasks.broker.management import ManagementApi, MissingTag
 from amqptasks.config import Settings, mask_url
 from amqptasks.doctor.broker import check_broker
 from amqptasks.doctor.findings import Finding, Level
-from amqptasks.doctor.settings import check_application, check_results, check_routes, check_settings
+from amqptasks.doctor.settings import check_application, check_claims, check_results, check_routes, check_settings
 from amqptasks.errors import AccessRefused, AmqpTasksError
 from amqptasks.topology.entities import Topology
 
@@ -37,6 +37,7 @@ def examine(patient: Patient) -> Iterator[Finding]:
     yield from check_routes(settings, patient.topology)
     yield from check_application(patient.app, patient.problem, settings.app)
     yield from check_results(settings)
+    yield from check_claims(settings)
     try:
         on_some_node(settings.broker, "amqptasks/doctor", lambda _connection, _vhost: None)
     except AmqpTasksError as error:

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from amqptasks.app import AmqpTasks
+from amqptasks.builtin import is_builtin
+from amqptasks.claims import claims_of
 from amqptasks.config import Settings, mask_url
 from amqptasks.doctor.findings import Finding, Level, counted
 from amqptasks.errors import AmqpTasksError
@@ -19,7 +21,7 @@ from amqptasks.results.stores import open_store
 from amqptasks.topology.build import BUILT_IN_EXCHANGES
 from amqptasks.topology.entities import Topology
 
-__all__ = ["check_application", "check_results", "check_routes", "check_settings"]
+__all__ = ["check_application", "check_claims", "check_results", "check_routes", "check_settings"]
 
 _LOCAL = ("localhost", "127.0.0.1", "::1", None)
 
@@ -123,7 +125,7 @@ def check_application(app: AmqpTasks | None, problem: str | None, named: str | N
             f"python -c 'import {module}'" if problem else "app: module:app",
         )
         return
-    names = [name for name in app.tasks if not name.startswith("celery.")]
+    names = [name for name in app.tasks if not is_builtin(name)]
     if not names:
         package = (named or "").partition(":")[0].partition(".")[0]
         mend = f"include: [{package or 'package'}.tasks]"
@@ -211,3 +213,17 @@ def check_results(settings: Settings) -> Iterator[Finding]:
         )
     else:
         yield Finding(Level.OK, "results", f"{mask_url(backend)} answers")
+
+
+def check_claims(settings: Settings) -> Iterator[Finding]:
+    """Whether the store of large bodies takes one and gives it back."""
+    try:
+        claims = claims_of(settings)
+        if claims is None:
+            return
+        claims.check()
+    except AmqpTasksError as error:
+        why = "calls with large arguments are refused, and tasks that have them wait until it is back"
+        yield Finding(Level.ERROR, "claim check", str(error), why, "claim_check: {url: 'file:///a/directory/of/all'}")
+    else:
+        yield Finding(Level.OK, "claim check", f"large bodies can be kept in {claims}")

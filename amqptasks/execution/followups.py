@@ -10,16 +10,18 @@ import inspect
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
 
-from amqptasks.calls import Calls
+from amqptasks.calls import Calls, NamedCallee
 from amqptasks.canvas import Signature, from_dict
 from amqptasks.canvas.plan import JOIN, Part, bodies, casualties, expand, freeze, normal, part_of, replaced
 from amqptasks.canvas.types import as_list
+from amqptasks.claims import FORGET, Claim
 from amqptasks.errors import ChordError
-from amqptasks.execution.reports import Reporter
+from amqptasks.execution.reports import Reporter, persist
 from amqptasks.message import Envelope
 from amqptasks.protocol import jsontypes
 from amqptasks.protocol.results import ResultMeta, error_from_wire, error_to_wire
@@ -100,7 +102,27 @@ class FollowUps:
         sent = expand(made, args)
         for one in sent:
             one.options["parent_id"] = request.id
-        return [self._calls.signed(one.envelope) for one in self._calls.prepare_all(sent, check=False)]
+        messages = [one.envelope for one in self._calls.prepare_all(sent, check=False)]
+        for message in messages:
+            persist("A large body", partial(self._calls.check_in, message), message.correlation_id)
+        return [self._calls.signed(message) for message in messages]
+
+    # -- large bodies ---------------------------------------------------------------------------------------------
+
+    def forget(self, claim: Claim, queue: str) -> Envelope:
+        """The call that deletes a body whose task needs it no more. Not at once: the broker may deliver the task again
+        until it has heard of the ack."""
+        assert self._calls.claims is not None
+        prepared = self._calls.prepare(
+            NamedCallee(FORGET),
+            (claim.key,),
+            {},
+            queue=queue,
+            countdown=self._calls.claims.keep,
+            task_id=str(uuid.uuid5(_NAMESPACE, f"{claim.key}/forget")),
+            ignore_result=True,
+        )
+        return self._calls.signed(prepared.envelope)
 
     # -- chords ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from amqptasks.protocol.results import ResultMeta, decode_result, encode_result
 from amqptasks.request import Request
 from amqptasks.results.store import ResultStore
 
-__all__ = ["Reporter", "reply", "result_meta", "running_loop"]
+__all__ = ["Reporter", "persist", "reply", "result_meta", "running_loop"]
 
 _RETRY_FIRST, _RETRY_MAX = 0.2, 10.0
 _log = structlog.get_logger("amqptasks.worker")
@@ -61,7 +61,7 @@ class Reporter:
             return (reply(meta.task_id, encoded, reply_to),) if reply_to else ()
         store = self._store
         if store is not None:
-            _persist(lambda: store.put(meta.task_id, encoded, ready=meta.ready), meta.task_id)
+            persist("A result", lambda: store.put(meta.task_id, encoded, ready=meta.ready), meta.task_id)
         return ()
 
     def state(self, meta: ResultMeta, reply_to: str | None) -> Envelope | None:
@@ -104,7 +104,7 @@ class Reporter:
                 "same redis:// URL here, or start the chord with amqptasks"
             )
         found: list[list[bytes] | None] = []
-        _persist(lambda: found.append(count(group_id, index, member)), group_id)
+        persist("A result", lambda: found.append(count(group_id, index, member)), group_id)
         return found[0]
 
 
@@ -164,13 +164,14 @@ def reply(task_id: str, encoded: bytes, reply_to: str | None) -> Envelope:
     return Envelope("", reply_to or "", encoded, message_id=task_id, correlation_id=task_id, mandatory=False)
 
 
-def _persist(write: Callable[[], None], what: str) -> None:
+def persist(what: str, write: Callable[[], None], task_id: str | None) -> None:
+    """Write to a store, for as long as it takes: a task that has run need not run again because a store is away."""
     pause = _RETRY_FIRST
     while True:
         try:
             write()
         except StoreUnavailable as error:
-            _log.error("A result cannot be stored; trying again", task_id=what, error=str(error), seconds=pause)
+            _log.error(f"{what} cannot be stored; trying again", task_id=task_id, error=str(error), seconds=pause)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, _RETRY_MAX)
         else:

@@ -8,24 +8,30 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import structlog
+
+from amqptasks.claims import Claim
 from amqptasks.config import Settings
 from amqptasks.errors import (
     ConfigError,
     Ignore,
     InvalidArguments,
     MaxRetriesExceeded,
+    MessageTooLarge,
     Reject,
     Replaced,
     Retry,
     SerializationError,
     SignatureError,
     SoftTimeLimitExceeded,
+    StoreUnavailable,
 )
 from amqptasks.events import Bus, TaskReceived, TaskRetrying, TaskSucceeded
 from amqptasks.execution import hooks
+from amqptasks.execution.bodies import Bodies
 from amqptasks.execution.coroutines import Coroutines, beside
 from amqptasks.execution.failures import Failures, safe_repr, trace_of, verdict_error
 from amqptasks.execution.followups import FollowUps
@@ -34,12 +40,9 @@ from amqptasks.execution.job import Job, build_request
 from amqptasks.execution.reports import Reporter, result_meta
 from amqptasks.execution.retry import backoff, failure_reason, retry_plan, wants_retry
 from amqptasks.message import Envelope
-from amqptasks.outcome import Discarded, Failed, GivenBack, Outcome, Reason, Retrying, Succeeded
-from amqptasks.protocol.compression import compress
+from amqptasks.outcome import Discarded, Failed, GivenBack, Outcome, Postponed, Reason, Retrying, Succeeded
 from amqptasks.protocol.results import ResultMeta
-from amqptasks.protocol.serializers import accepted
-from amqptasks.protocol.signing import Keyring
-from amqptasks.protocol.task import Body, decode_body, encode_arguments
+from amqptasks.protocol.task import Body
 from amqptasks.request import Request, reset_current, set_current
 from amqptasks.signals import task_signals
 from amqptasks.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
@@ -48,8 +51,11 @@ from amqptasks.task import Task
 __all__ = ["Call", "Runner", "SoftLimit"]
 
 _SUCCEEDED = Succeeded()
+#: A task whose body cannot be had waits so long in the broker, and does not count it as an attempt.
+_AWAY_SECONDS = 10.0
 #: Characters of a result that monitors are shown.
 _SHOWN = 1024
+_log = structlog.get_logger("amqptasks.worker")
 SoftLimit = Callable[[float], AbstractContextManager[None]]
 
 
@@ -65,6 +71,8 @@ class Call:
     job: Job
     #: Whether its task has hooks, or a task signal has handlers.
     watched: bool = False
+    #: Where its body was kept, if it did not come in the message.
+    claim: Claim | None = None
     #: How it ended, for those who watch: a state, and its value or what it raised.
     state: str = "IGNORED"
     value: Any = None
@@ -86,8 +94,8 @@ class Runner:
     knows how (`execution/interrupts.py`). `send_state` sends a message while the task of a delivery goes on;
     `coroutines`: whether async functions can run here.
     `ran` is called when its function has ended, and only its result is written; `again` when hooks run after that,
-    so that a delivery whose hooks end the process is to blame. With `keys` a message that they did not sign is refused
-    before anything of its body is read. `describe`: whether outcomes say what monitors show, as text.
+    so that a delivery whose hooks end the process is to blame. `describe`: whether outcomes say what monitors show, as
+    text.
     """
 
     def __init__(
@@ -98,28 +106,28 @@ class Runner:
         queue: str,
         hostname: str,
         bus: Bus,
+        bodies: Bodies,
         soft_limit: SoftLimit,
         reporter: Reporter,
         follow: FollowUps,
         send_state: Callable[[int, Envelope], None],
         ran: Callable[[], None],
         again: Callable[[int], None] = lambda _tag: None,
-        keys: Keyring | None = None,
         coroutines: bool = True,
         describe: Callable[[], bool] = lambda: False,
     ) -> None:
         self._describe = describe
         self._ran = ran
         self._again = again
-        self._keys = keys
+        self._bodies = bodies
+        #: Whether what surrounds a task may wait for a server or a disk, and must not do so on an event loop.
+        self._blocks = reporter.blocks or bodies.blocks
         self._reporter = reporter
         self._follow = follow
         self._failures = Failures(queue, bus, reporter, follow)
         self._send_state = send_state
         self._tasks = tasks
         self._settings = settings
-        self._accept = accepted(settings.serialization.accept_content)
-        self._max_body = settings.serialization.max_body
         self._queue = queue
         self._hostname = hostname
         self._bus = bus
@@ -157,6 +165,8 @@ class Runner:
                 outcome = self._classify(call, error, time.perf_counter() - started)
             else:
                 outcome = self._succeeded(call, value, time.perf_counter() - started)
+            if call.claim is not None:
+                outcome = self._released(call, outcome)
             if call.watched:
                 self._again(job.tag)
                 hooks.ended(call)
@@ -173,7 +183,7 @@ class Runner:
         Raises `asyncio.CancelledError` when this asyncio task was cancelled, and nothing else.
         """
         self._coroutines.loop = asyncio.get_running_loop()
-        blocks = self._reporter.blocks
+        blocks = self._blocks
         call = await beside(blocks, self._prepare, job)
         if not isinstance(call, Call):
             if self._coroutines.planned:
@@ -192,6 +202,8 @@ class Runner:
             outcome = await beside(blocks, self._classify, call, error, time.perf_counter() - started)
         else:
             outcome = await beside(blocks, self._succeeded, call, value, time.perf_counter() - started)
+        if call.claim is not None:
+            outcome = self._released(call, outcome)
         if self._coroutines.planned:
             await self._coroutines.finish()
         if call.watched:
@@ -202,17 +214,19 @@ class Runner:
 
     def _prepare(self, job: Job) -> Call | Outcome:
         headers = job.headers
-        if self._keys is not None:
-            problem = self._keys.problem(headers, job.content_type, job.correlation_id, job.reply_to, job.body)
-            if problem is not None:
-                hooks.rejected(job, SignatureError(problem))
-                return self._failures.disbelieved(job, problem)
+        problem = self._bodies.problem(job)
+        if problem is not None:
+            hooks.rejected(job, SignatureError(problem))
+            return self._failures.disbelieved(job, problem)
         if job.verdict is not None and job.verdict[0] == Reason.UNDECODABLE:
             hooks.rejected(job, verdict_error(job))
             return Failed(Reason.UNDECODABLE, *job.verdict[1:])
         try:
-            body = decode_body(job.body, job.content_type, headers.get("compression"), self._accept, self._max_body)
+            body, claim = self._bodies.read(job)
             request = build_request(job, body, self._hostname)
+        except StoreUnavailable as error:
+            _log.error("A task waits for its body", task_id=headers.get("id"), error=str(error), seconds=_AWAY_SECONDS)
+            return Postponed(_AWAY_SECONDS)
         except Exception as error:  # whatever a hostile body provokes must not end the executor
             hooks.rejected(job, error)
             return self._failures.failed(job, Request(id=_text(headers.get("id"))), {}, error, Reason.UNDECODABLE)
@@ -230,12 +244,12 @@ class Runner:
         except Exception as error:
             hooks.rejected(job, error)
             return self._failures.failed(job, request, body.embed, error, Reason.UNDECODABLE)
-        call = Call(task, request, args, kwargs, body, job)
+        call = Call(task, request, args, kwargs, body, job, claim=claim)
         if job.redelivered and task.options.deduplicate:
             known = self._reporter.ended(request.id or "")
             if known is not None and known.status == SUCCESS:
                 # It has run, and what it returned is kept: what follows it may not have been sent.
-                return self._succeeded(call, known.result, 0.0, known)
+                return self._released(call, self._succeeded(call, known.result, 0.0, known))
         if self._reporter.wanted(headers, job.reply_to):
             request.on_state = lambda state, meta: self._state(call, state, meta)
             if task.options.track_started:
@@ -251,6 +265,14 @@ class Runner:
         message = self._reporter.state(ResultMeta(call.request.id or "", state, meta), call.job.reply_to)
         if message is not None:
             self._send_state(call.job.tag, message)
+
+    def _released(self, call: Call, outcome: Outcome) -> Outcome:
+        """The outcome; where no message stands for the call's body any more, with the message that deletes it."""
+        if call.claim is None:
+            return outcome
+        if isinstance(outcome, Succeeded | Discarded) or (isinstance(outcome, Retrying) and outcome.body is not None):
+            return replace(outcome, messages=(*outcome.messages, self._follow.forget(call.claim, self._queue)))
+        return outcome
 
     def soft_limit_of(self, call: Call) -> float | None:
         """Seconds after which the task is asked to stop: the message's, the task's, or the worker's."""
@@ -315,7 +337,7 @@ class Runner:
         try:
             delay, queue, priority = retry_plan(retry, call.task.options, self._settings.topology.prefix)
             body, headers = self._changed_body(call, retry)
-        except (SerializationError, ConfigError) as error:
+        except (SerializationError, MessageTooLarge, ConfigError) as error:
             return self._failed(call, error, Reason.FAILED, runtime)
         cause = retry.exc
         outcome = Retrying(
@@ -345,15 +367,7 @@ class Runner:
             return None, None
         args = call.body.args if retry.sig_args is None else retry.sig_args
         kwargs = call.body.kwargs if retry.sig_kwargs is None else retry.sig_kwargs
-        job = call.job
-        packer = self._accept[job.content_type or ""]
-        body = encode_arguments(call.task.name, args, kwargs, call.body.embed, packer)
-        compression = job.headers.get("compression")
-        if compression:
-            body = compress(body, compression)
-        if self._keys is None:
-            return body, None
-        return body, self._keys.signature(job.headers, job.content_type, job.correlation_id, job.reply_to, body)
+        return self._bodies.changed(call.job, call.body, call.claim, args, kwargs)
 
     def _failed(self, call: Call, error: BaseException, reason: Reason, runtime: float) -> Outcome:
         call.state, call.value = (REJECTED if reason is Reason.REJECTED else FAILURE), error

@@ -30,6 +30,7 @@ __all__ = [
     "decode_body",
     "encode_arguments",
     "parse_time",
+    "shown",
     "task_envelope",
 ]
 
@@ -148,8 +149,8 @@ def task_envelope(
         "timelimit": [headers.time_limit, headers.soft_time_limit],
         "root_id": headers.root_id or headers.id,
         "parent_id": headers.parent_id,
-        "argsrepr": _shown(tuple(args), args, body) if headers.argsrepr is None else headers.argsrepr,
-        "kwargsrepr": _shown(dict(kwargs), kwargs.values(), body) if headers.kwargsrepr is None else headers.kwargsrepr,
+        "argsrepr": shown(tuple(args), args, body) if headers.argsrepr is None else headers.argsrepr,
+        "kwargsrepr": shown(dict(kwargs), kwargs.values(), body) if headers.kwargsrepr is None else headers.kwargsrepr,
         "origin": _Origin.get(),
         "ignore_result": headers.ignore_result,
         "replaced_task_nesting": 0,
@@ -177,8 +178,8 @@ def task_envelope(
     )
 
 
-def _shown(what: object, values: Iterable[Any], body: bytes) -> str:
-    """What monitors show of arguments, not too long."""
+def shown(what: object, values: Iterable[Any], body: bytes) -> str:
+    """What monitors show of arguments, not too long: headers travel in one frame. `body`: what they are written as."""
     if len(body) < _SHORT_BODY and _PLAIN.issuperset(map(type, values)):
         return repr(what)
     return _repr.repr(what)

@@ -18,6 +18,7 @@ from typing import Any
 
 from amqptasks.app import AmqpTasks
 from amqptasks.events import Bus, ExecutorStarted, ExecutorStopping
+from amqptasks.execution.bodies import Bodies
 from amqptasks.execution.followups import FollowUps
 from amqptasks.execution.interrupts import Interrupts, ThreadInterrupts, alarm
 from amqptasks.execution.reports import Reporter
@@ -96,13 +97,13 @@ def _runner(
         queue=setup.queue,
         hostname=setup.hostname,
         bus=setup.bus,
+        bodies=Bodies(settings, app.calls.keys, app.calls.claims),
         soft_limit=soft_limit,
         reporter=reporter,
         follow=FollowUps(app.calls, app.tasks.get, reporter, settings.topology.prefix),
         send_state=send_state,
         ran=ran,
         again=again,
-        keys=app.calls.keys,
         coroutines=setup.pool != "gevent",
         describe=lambda: setup.events.on,
     )

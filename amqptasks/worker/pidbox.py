@@ -19,6 +19,7 @@ import yaml
 
 from amqptasks import __version__
 from amqptasks.app import AmqpTasks
+from amqptasks.builtin import is_builtin
 from amqptasks.config import masked_dump, problem_report
 from amqptasks.topology.build import queue_arguments
 from amqptasks.worker.event_switch import EventSwitch
@@ -165,7 +166,7 @@ class RemoteControl:
         wanted = [name for name in taskinfoitems or ("rate_limit",) if isinstance(name, str) and name[:1] != "_"]
         lines = []
         for name, task in sorted(self._app.tasks.items()):
-            if name.startswith("celery.") and not builtins:
+            if is_builtin(name) and not builtins:
                 continue
             values = [(item, getattr(task.options, item, None)) for item in wanted]
             shown = " ".join(f"{item}={value}" for item, value in values if value is not None)

@@ -53,7 +53,7 @@ _ASK = -1.0
 Report = tuple[Any, ...]
 _FIELDS = [field.name for field in fields(Envelope)]
 
-_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED, STATE, TERMINATED = range(8)
+_SUCCEEDED, _RETRYING, _FAILED, _DISCARDED, _GIVEN_BACK, RETURNED, STATE, TERMINATED, _POSTPONED = range(9)
 
 
 def report_of(tag: int, outcome: Outcome, runtime: float) -> Report:
@@ -72,7 +72,9 @@ def report_of(tag: int, outcome: Outcome, runtime: float) -> Report:
             return tag, _DISCARDED, runtime, _rows(messages)
         case GivenBack():
             return tag, _GIVEN_BACK, runtime
-        case Postponed() | RateLimited() | Lost():
+        case Postponed(delay):
+            return tag, _POSTPONED, runtime, delay
+        case RateLimited() | Lost():
             raise AssertionError(f"an executor does not report {outcome!r}")
 
 
@@ -117,6 +119,8 @@ def unpack_report(report: Report) -> Outcome | None:
         return Discarded(envelopes(report[3]))
     if kind == _GIVEN_BACK:
         return _BACK
+    if kind == _POSTPONED:
+        return Postponed(report[3])
     return None
 
 

@@ -300,7 +300,8 @@ def test_all_problems_are_listed_one_a_line(problems):
         "app.yaml:8: routes[1].regex: '(' is not a regular expression: missing ), "
         "unterminated subpattern at position 0",
         "app.yaml:2: bogus: unknown key; keys here: app, include, timezone, broker, exchanges, queues, routes, tasks, "
-        "result, schedule, revoke, worker, events, serialization, security, logging, sentry, topology, testing",
+        "result, schedule, revoke, worker, events, serialization, claim_check, security, logging, sentry, topology, "
+        "testing",
         "app.yaml:7: routes[0].queue: queue 'emial' is not declared; did you mean 'email'?",
         "app.yaml:5: queues.amq.x: names that begin with 'amq.' belong to the broker",
     ]

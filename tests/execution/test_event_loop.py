@@ -13,6 +13,7 @@ import pytest
 from amqptasks import AmqpTasks
 from amqptasks.errors import StoreUnavailable
 from amqptasks.events import Bus
+from amqptasks.execution.bodies import Bodies
 from amqptasks.execution.followups import FollowUps
 from amqptasks.execution.job import Job
 from amqptasks.execution.reports import Reporter
@@ -105,6 +106,7 @@ def runner_of(app: AmqpTasks, store: ResultStore | None) -> Runner:
         queue="q",
         hostname="h",
         bus=Bus(),
+        bodies=Bodies(app.settings, None, None),
         soft_limit=lambda _seconds: nullcontext(),
         reporter=reporter,
         follow=FollowUps(app.calls, app.tasks.get, reporter, "amqptasks"),
