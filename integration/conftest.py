@@ -8,6 +8,7 @@ engine answers and has the image, else a private node of the installed RabbitMQ,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -36,6 +37,7 @@ from integration.apps import canvas
 from integration.store_servers import stop_servers
 
 ROOT = Path(__file__).resolve().parents[1]
+_SILENT_LEADER = 0.25
 #: Characters of a worker's log that are shown of a test that failed.
 _SHOWN = 8000
 _IMAGE = os.environ.get("AMQPTASKS_TEST_IMAGE", "rabbitmq:3.13-management")
@@ -109,9 +111,21 @@ class VirtualHost:
 
     def ready(self, queue: str) -> int:
         """Messages that wait."""
+        settings = BrokerSettings.model_validate({"url": self.url})
+        until = time.monotonic() + 10
+        while True:
+            asked = time.monotonic()
+            found = queue_counts(settings, [queue])[queue]
+            assert found is not None, f"there is no queue {queue!r}"
+            # RabbitMQ says 0 for a quorum queue whose leader has not answered within 250 ms.
+            if found[0] or time.monotonic() - asked < _SILENT_LEADER or time.monotonic() > until:
+                return found[0]
+
+    def consumers(self, queue: str) -> int:
+        """Consumers that it has."""
         found = queue_counts(BrokerSettings.model_validate({"url": self.url}), [queue])[queue]
         assert found is not None, f"there is no queue {queue!r}"
-        return found[0]
+        return found[1]
 
     def unacked(self, queue: str) -> int:
         """Messages that a consumer holds."""
@@ -130,6 +144,9 @@ class VirtualHost:
         """Wait for so many dead letters of a queue; they stay where they are."""
 
         def look() -> list[dict[str, Any]]:
+            # Each look takes and gives back every letter, which holds up those who write them.
+            if self.ready(f"{queue}.dlq") < count:
+                return []
             found = self.management.messages(f"{queue}.dlq")
             return found if len(found) >= count else []
 
@@ -327,15 +344,13 @@ class CanvasBench(Bench):
         counts = self.vhost.management.counts
         wait_until(lambda: 1 <= sum(counts(JOINS)) <= chords + again, 20, lambda: f"{JOINS} holds {counts(JOINS)}")
         self.stop_workers()
-        wait_until(lambda: self.vhost.unacked(JOINS) == 0, 10, "the workers gave the markers back", pause=0.1)
-        connection = pika.BlockingConnection(pika.URLParameters(self.vhost.url))
-        tables = []
-        # A quorum queue with a single active consumer refuses basic.get.
-        for _, _, body in connection.channel().consume(JOINS, inactivity_timeout=0.5):
-            if body is None:
-                break
-            tables.append(json.loads(body))
-        connection.close()
+        # What a consumer held waits again as soon as the consumer is gone.
+        wait_until(lambda: self.vhost.consumers(JOINS) == 0, 20, "the workers gave the markers back", pause=0.1)
+        waiting = self.vhost.ready(JOINS)
+        with contextlib.closing(pika.BlockingConnection(pika.URLParameters(self.vhost.url))) as connection:
+            # A quorum queue with a single active consumer refuses basic.get.
+            consumed = connection.channel().consume(JOINS, inactivity_timeout=20)
+            tables = [json.loads(body or b'"nothing came"') for _, _, body in itertools.islice(consumed, waiting)]
         assert all(list(table) == ["done"] for table in tables), tables
         assert len({chord for table in tables for chord in table["done"]}) == chords
 

@@ -40,9 +40,10 @@ from integration.apps.canvas import (
     charge,
     counted,
     fails,
+    halfway,
+    held,
     identity,
     part,
-    progress,
     slow,
     strange,
     total,
@@ -96,12 +97,14 @@ def test_values_errors_states_and_compositions(backend: str, desk: CanvasBench) 
     assert (failed.state, failed.failed(), "fails" in (failed.traceback or "")) == ("FAILURE", True, True)
     with pytest.raises(SerializationError):
         strange.delay("lock").get(10)
-    running = progress.delay(10)
+    gate = desk.folder / "gate"
+    running = halfway.delay(str(gate))
     wait_until(lambda: running.state == "PROGRESS", 10, "progress is seen")
     assert running.info["of"] == 10
-    assert running.get(10) == "done"
-    started = slow.delay(0.6)
+    started = held.delay(str(gate))
     wait_until(lambda: started.state == "STARTED", 10, "the start is seen")
+    gate.touch()
+    assert (running.get(10), started.get(10)) == ("done", "done")
     handle = (add.s(1, 2) | group(add.s(number) for number in range(5)) | total.s() | add.s(1)).delay()
     assert handle.get(10) == 26
     assert handle.parent is not None
@@ -176,16 +179,18 @@ def test_a_task_that_has_succeeded_is_not_run_again_but_what_follows_it_is_sent(
     first = desk.worker("default", "-c", "1", "--prefetch", "4")
     store = app.result_store
     assert store is not None
-    blocker = slow.delay(3.0)
+    gate = desk.folder / "gate"
+    blocker = held.delay(str(gate))
     handle = (counted.si() | add.s(10)).delay()
-    wait_until(lambda: desk.vhost.ready("default") == 0, 2, "the worker holds both")
+    wait_until(lambda: desk.vhost.ready("default") == 0, 20, "the worker holds both")
     assert handle.parent is not None
     parent = handle.parent
     store.put(parent.id, encode_result(ResultMeta(parent.id, "SUCCESS", 5)), ready=True)
     first.kill()
     desk.worker("default", "-c", "1")
+    gate.touch()
     assert handle.get(20) == (15 if deduplicate else 11)
-    assert blocker.get(20) == 3.0
+    assert blocker.get(20) == "done"
     assert bool(desk.ledger.ids("counted")) is not deduplicate
 
 

@@ -138,6 +138,12 @@ def beats(vhost: VirtualHost, tmp_path: Path) -> Iterator[Beats]:
     made.close()
 
 
+def quiet_period() -> int:
+    """Seconds near an hour of which no multiple is due now: a tick while the test runs would be one too many."""
+    now = time.time()
+    return next(one for one in range(3600, 4200, 60) if 60 < now % one < one - 120)
+
+
 def assert_each_once(ticks: list[tuple[datetime, float, str]]) -> None:
     runs = Counter(due for due, _, _ in ticks)
     assert [due for due, count in runs.items() if count > 1] == []
@@ -152,7 +158,7 @@ def test_a_beat_sends_ticks_on_time_and_ends_with_0(beats: Beats) -> None:
     assert beat.stop() == 0
     assert_each_once(ticks)
     assert all(due.microsecond == 0 for due, _, _ in ticks)
-    assert all(0 <= at - due.timestamp() < 2 for due, at, _ in ticks)
+    assert all(0 <= at - due.timestamp() < 10 for due, at, _ in ticks)
     assert [b[0] - a[0] for a, b in itertools.pairwise(ticks)] == [timedelta(seconds=1)] * (len(ticks) - 1)
 
 
@@ -375,15 +381,15 @@ def test_ten_minutes_of_beats_that_are_killed_stopped_cut_off_and_left_by_their_
 
 
 def test_what_was_missed_is_skipped_or_run_once_or_run_entirely(beats: Beats) -> None:
-    entries: dict[str, dict[str, Any]] = {one: {"every": 3600, "catch_up": one} for one in ("skip", "one", "all")}
-    beats.schedule(**entries, changed={"every": 3600, "catch_up": "all"}, fresh={"every": 3600, "catch_up": "all"})
-    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    if datetime.now(UTC) - hour < timedelta(seconds=30):
-        hour -= timedelta(hours=1)  # the tick of this hour is due anyway
-    ago = hour - timedelta(hours=3, minutes=-1)
+    every = quiet_period()
+    entries: dict[str, dict[str, Any]] = {one: {"every": every, "catch_up": one} for one in ("skip", "one", "all")}
+    beats.schedule(**entries, changed={"every": every, "catch_up": "all"}, fresh={"every": every, "catch_up": "all"})
+    period = timedelta(seconds=every)
+    last = datetime.fromtimestamp(time.time() // every * every, UTC)
+    ago = last - 3 * period + timedelta(minutes=1)
     state = State.new(ago)
     state.serial = 7
-    state.marks = {one: Mark(ago, "every 3600 s") for one in entries} | {"changed": Mark(ago, "every 60 s")}
+    state.marks = {one: Mark(ago, f"every {every} s") for one in entries} | {"changed": Mark(ago, "every 60 s")}
     beats.remember(state)
     beats.worker()
     first = beats.beat()
@@ -393,13 +399,13 @@ def test_what_was_missed_is_skipped_or_run_once_or_run_entirely(beats: Beats) ->
     beats.beat()
     second = json.loads(beats.command("list", "--json"))
     time.sleep(1)
-    assert [due for due, _, _ in beats.ticks("all")] == [hour - timedelta(hours=ago) for ago in (2, 1, 0)]
-    assert [due for due, _, _ in beats.ticks("one")] == [hour]
-    assert [task_id for _, _, task_id in beats.ticks("one")] == [state.task_id("one", hour)]
+    assert [due for due, _, _ in beats.ticks("all")] == [last - periods * period for periods in (2, 1, 0)]
+    assert [due for due, _, _ in beats.ticks("one")] == [last]
+    assert [task_id for _, _, task_id in beats.ticks("one")] == [state.task_id("one", last)]
     for entry in ("skip", "changed", "fresh"):
         assert beats.ticks(entry) == []
     ran = {one["name"]: one["last_run"] for one in second["entries"]}
-    assert ran == {"all": hour.isoformat(), "one": hour.isoformat(), "skip": None, "changed": None, "fresh": None}
+    assert ran == {"all": last.isoformat(), "one": last.isoformat(), "skip": None, "changed": None, "fresh": None}
 
 
 def test_a_beat_whose_clock_was_ahead_says_so_and_goes_on_by_command(beats: Beats) -> None:
@@ -421,14 +427,15 @@ def test_a_beat_whose_clock_was_ahead_says_so_and_goes_on_by_command(beats: Beat
 
 
 def test_of_two_states_the_newest_counts_and_one_that_is_not_known_is_left_alone(beats: Beats) -> None:
-    beats.schedule(hour={"every": 3600, "catch_up": "all"})
+    every = quiet_period()
+    beats.schedule(hour={"every": every, "catch_up": "all"})
     ago = datetime.now(UTC) - timedelta(hours=3)
     newest = State.new(ago)
-    newest.marks = {"hour": Mark(datetime.now(UTC), "every 3600 s")}
+    newest.marks = {"hour": Mark(datetime.now(UTC), f"every {every} s")}
     for serial in (5, 7, 6):
         newest.serial = serial
         if serial != 7:
-            beats.remember(State(newest.lineage, ago, serial, set(), {"hour": Mark(ago, "every 3600 s")}))
+            beats.remember(State(newest.lineage, ago, serial, set(), {"hour": Mark(ago, f"every {every} s")}))
         else:
             beats.remember(newest)
     beats.worker()
@@ -501,9 +508,9 @@ def _ids(beats: Beats) -> set[str]:
 
 
 def test_a_command_without_a_beat_says_so_and_does_nothing_later(beats: Beats) -> None:
-    beats.schedule(hour={"every": 3600})
+    beats.schedule(rare={"every": 8_640_000})
     beats.client().declare()
-    error = beats.command("run", "hour", "--timeout", "0.5", code=1)
+    error = beats.command("run", "rare", "--timeout", "0.5", code=1)
     assert error.startswith("Error: no beat has answered within 0.5 s")
     assert "Traceback" not in error
     beats.worker()
@@ -514,16 +521,16 @@ def test_a_command_without_a_beat_says_so_and_does_nothing_later(beats: Beats) -
 
 @pytest.mark.timeout(240)
 def test_entries_are_added_changed_and_removed_by_command_and_outlive_every_beat(beats: Beats) -> None:
-    beats.schedule(hour={"every": 3600})
+    beats.schedule(rare={"every": 8_640_000})
     beats.worker()
     first = beats.beat()
+    asked = time.time()
     assert beats.command("add", "blink", "--task", TICK, "--every", "0.2s", "--args", "[1]").startswith(
         "blink is added: every 0.2 s; next "
     )
-    asked = time.time()
     begun = beats.wait_ticks("blink", 3)
-    assert begun[2][1] < asked + 5
-    assert all(due.timestamp() > asked - 2 for due, _, _ in begun)
+    assert begun[2][1] < asked + 15
+    assert all(due.timestamp() > asked - 0.5 for due, _, _ in begun)
     # The only beat is killed; a new one takes the entry from the broker, and no tick is sent twice, or left out.
     first.kill()
     second = beats.beat()
@@ -532,20 +539,21 @@ def test_entries_are_added_changed_and_removed_by_command_and_outlive_every_beat
     assert_each_once(ticks)
     assert {b - a for (a, *_), (b, *_) in itertools.pairwise(ticks)} == {timedelta(seconds=0.2)}
     listed = {one["name"]: one for one in json.loads(beats.command("list", "--json"))["entries"]}
-    assert [(name, one["added"]) for name, one in listed.items()] == [("blink", True), ("hour", False)]
+    assert [(name, one["added"]) for name, one in listed.items()] == [("blink", True), ("rare", False)]
     assert "blink (added)" in beats.command("list")
 
     changed = beats.command("add", "blink", "--task", TICK, "--cron", "0 3 * * *", "--timezone", "Asia/Shanghai")
     assert changed.startswith("blink is changed, from every 0.2 s: 0 3 * * *; next ")
     assert " 03:00:00 CST" in changed
     time.sleep(0.5)
+    beats.vhost.wait_settled("default")
     count = len(beats.ticks("blink"))
     time.sleep(1)
     assert len(beats.ticks("blink")) == count  # no surprise run
     assert beats.command("remove", "blink") == "blink is removed.\n"
     assert second.stop() == 0
     beats.beat()
-    assert [one["name"] for one in json.loads(beats.command("list", "--json"))["entries"]] == ["hour"]
+    assert [one["name"] for one in json.loads(beats.command("list", "--json"))["entries"]] == ["rare"]
 
 
 @pytest.mark.timeout(240)
@@ -638,7 +646,9 @@ def test_sighup_takes_up_the_edited_schedule_and_a_bad_edit_changes_nothing(beat
     fresh = beats.wait_ticks("fresh", 1)
     assert fresh[0][1] < edited + 5
     assert fresh[0][0].timestamp() > edited - 0.5
-    time.sleep(0.3)
+    taken = "SIGHUP: going on with the schedule as it is in the settings now"
+    wait_until(lambda: all(taken in one.log for one in beats.beats), 10, "both have taken it up")
+    time.sleep(1)
     count = len(beats.ticks("gone"))
     leader = beats.leader()
     leader.process.kill()  # the other has taken it up too
@@ -858,7 +868,7 @@ def test_beats_tell_handlers_that_they_begin(vhost: VirtualHost, tmp_path: Path)
         "beat_embedded_init.connect(lambda **_: record('beat', 'embedded'), weak=False)\n"
     )
     beats = Listening(vhost, tmp_path)
-    beats.schedule(hour={"every": 3600})
+    beats.schedule(rare={"every": 8_640_000})
     beats.environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
     try:
         beats.beat()

@@ -49,12 +49,12 @@ def test_a_task_sent_by_celery_runs(bench: Bench, sender: celery.Celery) -> None
 
 
 def test_celerys_countdown_expiry_limits_and_compression_are_understood(bench: Bench, sender: celery.Celery) -> None:
-    bench.worker()
+    bench.worker("default", "-c", "4")
     sent = datetime.now(UTC)
     later = sender.send_task(f"{JOBS}.note", countdown=1)
     packed = sender.send_task(f"{JOBS}.note", compression="gzip")
     killed = sender.send_task(f"{JOBS}.note", (30.0,), time_limit=1)
-    late = sender.send_task(f"{JOBS}.note", countdown=0.8, expires=sent + timedelta(seconds=0.4))
+    late = sender.send_task(f"{JOBS}.note", countdown=4, expires=sent + timedelta(seconds=3))
     bench.wait_done({later.id, packed.id})
     begun = next(entry for entry in bench.ledger.entries("begin") if entry.task_id == later.id)
     assert begun.at - sent.timestamp() >= 1

@@ -64,7 +64,7 @@ def run_long_and_short(there: Bench, impatient: PrivateNode) -> WorkerProcess:
     until = time.monotonic() + LONG - 1
     while time.monotonic() < until:
         quick = there.send(app, "note")
-        there.wait_done({quick}, timeout=5)
+        there.wait_done({quick}, timeout=20)
         sent.add(quick)
         time.sleep(0.5)
     there.wait_done(sent, timeout=20)

@@ -129,13 +129,15 @@ def test_systemd_is_told_ready_alive_reloading_and_stopping(bench: Bench, tmp_pa
             wait_until(lambda: count("READY=1") == 2, 30, lambda: f"{got}\n{worker.log}")
             order = [one.split("\n")[0] for one in got if "WATCHDOG" not in one]
             assert order.index("RELOADING=1") < len(order) - 1 - order[::-1].index("READY=1")
-            slow = bench.send(bench.client(), "note", 1.5)
+            gate = bench.folder / "gate"
+            slow = bench.send(bench.client(), "waits_for", str(gate))
             bench.wait_done({slow}, event="begin")
             worker.process.send_signal(signal.SIGTERM)
             wait_until(lambda: count("STOPPING=1"), 10, lambda: worker.log)
             before = count("WATCHDOG=1")
+            wait_until(lambda: count("WATCHDOG=1") > before, 10, "it lives while it drains")
+            gate.touch()
             assert worker.wait() == 0
-            assert count("WATCHDOG=1") > before, "it lives while it drains"
 
 
 def test_usr1_writes_where_every_process_stands_and_harms_none(bench: Bench) -> None:
@@ -166,14 +168,14 @@ def test_what_the_grace_period_leaves_is_given_back_by_id_and_the_exit_code_is_0
     started = time.monotonic()
     os.killpg(worker.process.pid, signal.SIGTERM)
     assert worker.wait() == 0
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 20
     records = [json.loads(line) for line in worker.log.splitlines() if line.startswith("{")]
     assert {one["task_id"] for one in records if "goes back to its queue: not finished" in one["event"]} == ids
     wait_until(lambda: bench.vhost.ready("default") == 2, 5, "both are back")
     assert bench.vhost.management.messages("default.dlq") == []
 
 
-@pytest.mark.parametrize(("heartbeat", "seconds"), [(1, 5.0), pytest.param(10, 25.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("heartbeat", "seconds"), [(2, 10.0), pytest.param(10, 25.0, marks=pytest.mark.slow)])
 def test_heartbeats_go_on_while_a_worker_drains(bench: Bench, heartbeat: int, seconds: float) -> None:
     """The broker drops a connection from which it heard nothing for two heartbeats."""
     bench.settings["broker"]["heartbeat"] = heartbeat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -100,20 +101,23 @@ def test_a_replay_that_is_killed_loses_nothing(bench: Bench) -> None:
     killed = 0
     while bench.vhost.ready("default.dlq") or killed < 5:
         left = bench.vhost.ready("default.dlq")
-        replay = subprocess.Popen(dlq_command(bench, "replay", "--all"), cwd=ROOT, stdout=subprocess.DEVNULL)
+        slowly = ("--rate", "2000") if killed == 2 else ()
+        replay = subprocess.Popen(dlq_command(bench, "replay", "--all", *slowly), cwd=ROOT, stdout=subprocess.DEVNULL)
         if killed < 5:
             _wait_for_more(bench, left // 2 if killed == 2 else 0, replay)
             assert killed != 2 or replay.poll() is None, "it is killed half-way"
             replay.send_signal(signal.SIGKILL)
             killed += 1
         replay.wait(60)
-        wait_until(lambda: bench.vhost.unacked("default.dlq") == 0, 20, "its letters are back")
+        # What it held waits again as soon as its consumer is gone.
+        wait_until(lambda: bench.vhost.consumers("default.dlq") == 0, 20, "its letters are back")
     found = []
+    waiting = bench.vhost.ready("default")
     with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
         channel = connection.channel()
-        for _method, properties, _body in channel.consume("default", auto_ack=True, inactivity_timeout=1.0):
-            if properties is None:
-                break
+        consumed = channel.consume("default", auto_ack=True, inactivity_timeout=20)
+        for _method, properties, _body in itertools.islice(consumed, waiting):
+            assert properties is not None, f"{waiting} wait, and {len(found)} came"
             found.append(properties.headers["id"])
     assert set(found) == ids, f"lost {len(ids - set(found))}"
     assert len(found) - total <= 5 * WINDOW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from dataclasses import replace
@@ -79,9 +80,9 @@ def wire_of(bench: Bench, queue: str) -> list[tuple[Any, ...]]:
     found = []
     with pika.BlockingConnection(pika.URLParameters(bench.vhost.url)) as connection:
         channel = connection.channel()
-        for method, properties, body in channel.consume(queue, inactivity_timeout=1.0):
-            if method is None:
-                break
+        consumed = channel.consume(queue, inactivity_timeout=20)
+        for method, properties, body in itertools.islice(consumed, bench.vhost.ready(queue)):
+            assert method is not None, "as many come as wait"
             headers = {name: value for name, value in (properties.headers or {}).items() if name != "x-task-replays"}
             kept = {name: value for name, value in headers.items() if not str(name).startswith("x-")}
             found.append(
@@ -94,6 +95,8 @@ def wire_of(bench: Bench, queue: str) -> list[tuple[Any, ...]]:
                 )
             )
         channel.cancel()
+    # What this consumer held waits again as soon as it is gone.
+    wait_until(lambda: bench.vhost.consumers(queue) == 0, 10, "the consumer is gone")
     return sorted(found, key=repr)
 
 

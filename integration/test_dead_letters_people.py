@@ -192,8 +192,8 @@ def test_what_nobody_could_route_is_seen_and_brought_back(bench: Bench) -> None:
     management.delete_queue("gone.dlq")
     told = {"task": f"{JOBS}.note", "id": "dead", "x-task-reason": "failed", "x-task-exception": "ValueError"}
     assert app.client.publish_many([Envelope("amqptasks.dlx", "gone", b"[[0], {}, {}]", headers=told)]) == [None]
-    delayed = bench.send(app, "note", queue="email", countdown=0.5)
     management.delete_queue("email")
+    delayed = bench.send(app, "note", queue="email", countdown=0.5)
     wait_until(lambda: bench.vhost.ready("amqptasks.unroutable") == 2, 20, "both are there")
     groups = json.loads(dlq(bench, "list", "--unroutable", "--json"))
     assert {(one["queue"], one["reason"]) for one in groups} == {("gone", "failed"), ("email", "unroutable")}

@@ -27,8 +27,8 @@ from integration.letters import JOBS, dead, dlq, dlq_command
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[PrivateNode]:
-    """A node that takes back what is held for three seconds, and looks every second."""
-    with PrivateNode("letters", config={"consumer_timeout": "3000"}) as node:
+    """A node that takes back what is held for six seconds, and looks every second."""
+    with PrivateNode("letters", config={"consumer_timeout": "6000"}) as node:
         node.rabbitmqctl("eval", "application:set_env(rabbit, channel_tick_interval, 1000).")
         yield node
 
@@ -111,7 +111,7 @@ def test_a_queue_that_is_deleted_while_it_is_read_ends_the_visit(bench: Bench) -
 def test_who_interrupts_a_replay_is_told_how_many_went(bench: Bench) -> None:
     app = bench.client()
     app.declare()
-    dead(bench, app, 60)
+    dead(bench, app, 300)
     replay = subprocess.Popen(
         dlq_command(bench, "replay", "--all", "--rate", "20"), cwd=ROOT, text=True, stderr=subprocess.PIPE
     )
@@ -187,7 +187,7 @@ def test_a_queue_that_seems_empty_is_asked_again(
     bench: Bench, node: PrivateNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leader of a quorum queue does not answer for a moment: the broker says 0 then, and no letter is gone."""
-    monkeypatch.setattr(places, "_AGAIN_SECONDS", 5.0)  # time enough for rabbitmqctl
+    monkeypatch.setattr(places, "_AGAIN_SECONDS", 12.0)  # time enough for rabbitmqctl
     bench.settings["broker"]["url"] = node.url
     app = bench.client()
     app.declare()

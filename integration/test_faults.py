@@ -33,11 +33,17 @@ def kill(process: psutil.Process) -> None:
         process.kill()
 
 
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def wait_gone(processes: list[psutil.Process]) -> None:
     def gone() -> bool:
-        return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes)
+        return not any(alive(one) for one in processes)
 
-    wait_until(gone, 5, "its processes are gone")
+    wait_until(gone, 20, "its processes are gone")
 
 
 @pytest.mark.timeout(180)
@@ -45,6 +51,8 @@ def test_a_thousand_tasks_survive_workers_killed_at_random(bench: Bench) -> None
     seed = run_seed()
     print(f"{VARIABLE}={seed}")
     dice = random.Random(seed)
+    # A task that is hit three times by chance is none.
+    bench.settings["worker"] = {"poison_limit": 5}
     app = bench.client()
     ids = {result.id for result in app.send_many([app.signature("integration.apps.jobs.note", (0.01,))] * 1000)}
     assert len(ids) == 1000
@@ -77,7 +85,8 @@ def test_an_executor_that_dies_is_replaced_and_its_connection_lives_on(bench: Be
     worker = bench.worker("default", "-c", "2")
 
     def consuming() -> set[str]:
-        return {one["name"] for one in bench.vhost.management.connections() if "consume" in str(one)}
+        found = bench.vhost.management.connections()
+        return {one["name"] for one in found if "/consume" in one["client_properties"].get("connection_name", "")}
 
     connections = wait_until(consuming, 10, "the management API knows the connection")
     before = {process.pid for process in worker.executors()}
@@ -95,9 +104,7 @@ def test_a_leader_that_dies_is_replaced_and_its_executors_die_with_it(bench: Ben
     slow = bench.send(app, "note", 1.0)
     bench.wait_done({slow}, event="begin")
     kill(leader)
-    wait_until(
-        lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in executors), 5, "gone"
-    )
+    wait_gone(executors)
     bench.wait_done({slow})
     bench.vhost.wait_settled("default")
 
@@ -359,7 +366,7 @@ def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: B
             ids.add(bench.send(app, "note", ignore_result=True))
     worker = bench.worker("default", "-c", "2", "--prefetch", "4")
     pids = {process.pid for process in worker.leaders()}
-    letters = bench.vhost.dead_letters("default", len(published))
+    letters = bench.vhost.dead_letters("default", len(published), timeout=60)
     reasons = Counter(letter["properties"]["headers"]["x-task-reason"] for letter in letters)
     assert reasons == {"undecodable": len(published)}
     assert all(letter["properties"]["headers"]["x-task-exception-message"] for letter in letters)
@@ -368,6 +375,7 @@ def test_bad_messages_are_dead_lettered_with_a_reason_and_good_ones_run(bench: B
     assert {process.pid for process in worker.leaders()} == pids, "no bad message ends a leader"
 
 
+@pytest.mark.timing
 def test_unknown_tasks_wait_in_the_dead_letter_queue_without_a_hot_loop(bench: Bench) -> None:
     app = bench.client()
     worker = bench.worker()

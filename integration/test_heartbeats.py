@@ -14,7 +14,7 @@ from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess
 from integration.conftest import Bench
 
-HEARTBEAT = 1
+HEARTBEAT = 2
 #: The broker gives up after two of its intervals without a sign of life, at the latest.
 SECONDS = 5.0 * HEARTBEAT
 POOLS = ("process", "thread", "asyncio", "gevent", "solo")
@@ -44,7 +44,7 @@ def start(
 def test_a_task_that_holds_its_process_for_many_heartbeats_loses_no_connection(bench: Bench) -> None:
     """In every pool: the interpreter's lock held in C, a loop in Python, a sleep, a blocking call in a coroutine.
 
-    Each for five heartbeats of a second, one after the other, which is to heartbeats of a minute what five minutes are.
+    Each for five heartbeats of two seconds, one after the other: what five minutes are to those of a minute.
     What keeps the connection does not depend on how long: the process that owns it runs no task.
     """
     bench.settings["queues"] = {"default": {}, **{pool: {"pool": pool, "concurrency": 1} for pool in POOLS}}

@@ -55,9 +55,9 @@ def _scenario(bench: Bench, node: PrivateNode, management: Management) -> None:
     worker = bench.worker("default,brief", *options)
     http.wait((200, 200, 200))
 
-    def has(value: float, name: str, *labels: str) -> None:
+    def has(value: float, name: str, *labels: str, timeout: float = 20) -> None:
         seen = f"{name} {labels}"
-        wait_until(lambda: http.count(name, *labels) == value, 20, lambda: f"{seen}: {http.count(name, *labels)}")
+        wait_until(lambda: http.count(name, *labels) == value, timeout, lambda: f"{seen}: {http.count(name, *labels)}")
 
     def grows(name: str, *labels: str) -> None:
         wait_until(lambda: http.count(name, *labels) >= 1, 30, lambda: f"{name} {labels}\n{http.get('/metrics')[1]}")
@@ -172,9 +172,9 @@ def _of_the_broker(
     bench.vhost.wait_settled("default", timeout=40)
 
     # A connection is told that it is blocked when it publishes.
-    bench.send(app, "fails", countdown=4.0)
+    bench.send(app, "fails", countdown=12.0)
     node.rabbitmqctl("set_vm_memory_high_watermark", "0.00001")
-    has(1, "amqptasks_publish_blocked", "default")
+    has(1, "amqptasks_publish_blocked", "default", timeout=40)
     node.rabbitmqctl("set_vm_memory_high_watermark", "0.6")
     has(0, "amqptasks_publish_blocked", "default")
     bench.vhost.wait_settled("default", timeout=40)

@@ -54,7 +54,7 @@ def test_a_process_that_stands_still_for_a_moment_has_no_task_run_again(tmp_path
 @pytest.mark.timeout(120)
 def test_what_a_publisher_was_told_before_it_was_killed_runs(tmp_path: Path) -> None:
     with ordeal(tmp_path, 1) as made:
-        found = made.run({"publisher killed": FAULTS["publisher killed"]}, seconds=6)
+        found = made.run({"publisher killed": FAULTS["publisher killed"]}, seconds=20)
         publishers = {entry.pid for entry in made.ledger.entries() if entry.event.startswith("confirmed=")}
         assert len(publishers) >= 4, "killed ones were replaced, and what they had written is there"
         assert found.judgement.flawless, found.judgement

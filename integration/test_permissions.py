@@ -79,7 +79,7 @@ def test_a_producer_calls_and_a_worker_runs_retries_and_dead_letters(
         dead = bench.send(app, "no_such_task")
         app.send_task("any", exchange="news", routing_key="of.today", ignore_result=True)
         limited = [bench.send(app, "paced") for _ in range(3)]
-        revoked = bench.send(app, "note", countdown=1.0)
+        revoked = bench.send(app, "note", countdown=4.0)
         app.control.revoke(revoked)
         bench.wait_done({retried, delayed, *limited})
         letters = bench.vhost.dead_letters("default", 2)

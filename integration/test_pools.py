@@ -80,7 +80,7 @@ def test_a_poison_task_among_others_is_the_only_dead_letter(bench: Bench, pool: 
     poison = bench.send(app, "kills_itself")
     ids |= {bench.send(app, "note", 0.2) for _ in range(20)}
     worker = bench.worker("default", "-P", pool, "-c", "16")
-    letter = bench.vhost.dead_letters("default", 1)[0]
+    letter = bench.vhost.dead_letters("default", 1, timeout=60)[0]
     assert letter["properties"]["correlation_id"] == poison
     assert letter["properties"]["headers"]["x-task-reason"] == "poison"
     assert len([entry for entry in bench.ledger.entries("try") if entry.task_id == poison]) == 4, (
@@ -116,8 +116,8 @@ def test_a_gevent_pool_runs_hundreds_at_once_limits_them_and_takes_no_async_task
         bench.send(app, "asleep", 0.1),
     )
     other = bench.send(app, "note", queue="other")
-    bench.wait_done(ids | {other})
-    assert time.monotonic() - started < 15
+    bench.wait_done(ids | {other}, timeout=60)
+    assert time.monotonic() - started < 60, "one after the other they take five minutes"
     letters = {
         letter["properties"]["correlation_id"]: letter["properties"]["headers"]
         for letter in bench.vhost.dead_letters("default", 3)
@@ -208,9 +208,9 @@ def test_two_thousand_coroutines_wait_at_once_on_either_loop(vhost: VirtualHost,
         worker = bench.worker("default", "-P", "asyncio", "-c", "2000", path=tmp_path)
         told = app.send_task("loops.which").id
         bench.wait_done({told}, event=loop)
-        awaits = app.signature("integration.apps.jobs.awaits", (8.0,))
+        awaits = app.signature("integration.apps.jobs.awaits", (20.0,))
         ids = {one.id for one in app.send_many([awaits] * 2000)}
-        bench.wait_done(ids, timeout=60, event="cleaned up")
+        bench.wait_done(ids, timeout=80, event="cleaned up")
         begun = [entry.at for entry in bench.ledger.entries("begin")]
         assert len(begun) == 2000
         assert max(begun) < min(entry.at for entry in bench.ledger.entries("cleaned up")), "all at once"
@@ -296,6 +296,17 @@ def test_a_leader_that_stood_still_gives_out_what_waits_in_it(bench: Bench) -> N
     assert worker.stop() == 0
 
 
+def _suspend_between_tasks(bench: Bench, executor: psutil.Process) -> None:
+    def events(kind: str) -> Counter[str]:
+        return Counter(one.task_id for one in bench.ledger.entries(kind) if one.pid == executor.pid)
+
+    executor.suspend()
+    while events("begin") != events("done"):
+        executor.resume()
+        time.sleep(0.05)
+        executor.suspend()
+
+
 @pytest.mark.fault
 def test_an_executor_that_stood_still_between_two_tasks_begins_none_that_another_has(bench: Bench) -> None:
     """Its leader stands still, and it waits in the middle of its batch to report; then it stands still itself.
@@ -316,7 +327,7 @@ def test_an_executor_that_stood_still_between_two_tasks_begins_none_that_another
         wait_until(lambda before=before: len(bench.ledger.ids()) > before, 10, "some have ended", pause=0.001)
         leader.suspend()
         time.sleep(0.3)
-        executor.suspend()
+        _suspend_between_tasks(bench, executor)
         time.sleep(0.7)
         leader.resume()
         bench.wait_done(ids, timeout=30)

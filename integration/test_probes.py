@@ -76,9 +76,13 @@ class Http:
         wait_until(lambda: self.probes() == probes, timeout, what, pause=0.1)
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        """Each sample's value by its name and its labels' values."""
-        status, text = self.get("/metrics")
-        assert status == 200, text
+        """Each sample's value by its name and its labels' values. A worker that is busy may answer the next time."""
+
+        def look() -> str:
+            status, text = self.get("/metrics")
+            return text if status == 200 else ""
+
+        text = wait_until(look, 20, "the metrics")
         return {
             (sample.name, *sample.labels.values()): sample.value
             for family in text_string_to_metric_families(text)
@@ -131,11 +135,13 @@ def test_probes_from_start_to_end(bench: Bench, http: Http, start: Start, proxy:
     assert http.count("amqptasks_connected", "default") == 0
     proxy.accept()
     http.wait((200, 200, 200))
-    task = bench.send(bench.client(), "note", 3.0)
+    gate = bench.folder / "gate"
+    task = bench.send(bench.client(), "waits_for", str(gate))
     wait_until(lambda: task in bench.ledger.ids("begin"), 20, "the task runs")
     worker.process.send_signal(signal.SIGTERM)
     http.wait((200, 503, 200))
     assert http.problems()[0] == "the worker is stopping"
+    gate.touch()
     assert worker.wait() == 0
     assert http.get("/livez")[0] == 0
 
@@ -184,11 +190,13 @@ def _seconds(http: Http, path: str) -> float:
 def test_executors_that_are_all_stopped_are_replaced_within_a_minute(bench: Bench, http: Http, start: Start) -> None:
     """With a task in each and without a time limit: nothing else would end them."""
     worker = start("default")
-    ids = {bench.send(bench.client(), "note", 2.0) for _ in range(2)}
+    gate = bench.folder / "gate"
+    ids = {bench.send(bench.client(), "waits_for", str(gate)) for _ in range(2)}
     bench.wait_done(ids, event="begin")
     stopped = worker.executors()
     for one in stopped:
         one.suspend()
+    gate.touch()
     begun = time.monotonic()
     bench.wait_done(ids, timeout=60)
     assert time.monotonic() - begun > 25, "an operator who looks at a process has half a minute"

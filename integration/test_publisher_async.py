@@ -169,7 +169,7 @@ async def test_a_live_node_is_found_behind_a_dead_and_a_silent_one(
     publishers: Publishers, vhost: VirtualHost, blackhole: int
 ) -> None:
     nodes = [with_port(vhost.url, free_port()), with_port(vhost.url, blackhole), vhost.url]
-    await publishers(url=nodes, connection_timeout=1, publish_timeout=5).publish(message(), retry=False)
+    await publishers(url=nodes, connection_timeout=2, publish_timeout=20).publish(message(), retry=False)
 
 
 async def test_who_gives_up_early_does_not_end_the_attempt_that_others_wait_for(
@@ -243,22 +243,32 @@ async def test_publishing_goes_on_while_the_connection_is_cut_and_nothing_that_r
 ) -> None:
     publisher = publishers(url=through_proxy)
     confirmed: list[str] = []
-    end = time.monotonic() + 2.5
+    cuts = 0
+    end = time.monotonic() + 60
+
+    def goes_on() -> bool:
+        return (cuts < 10 or len(confirmed) <= 300) and time.monotonic() < end
 
     async def publish() -> None:
-        while time.monotonic() < end:
+        while goes_on():
             one = message()
             with contextlib.suppress(PublishError):
                 await publisher.publish(one)
                 confirmed.append(str(one.correlation_id))
 
     async def cut() -> None:
-        while time.monotonic() < end:
+        nonlocal cuts
+        while goes_on():
+            before = len(confirmed)
             await asyncio.sleep(0.25)
+            if len(confirmed) < before + 10:  # a busy machine
+                continue
             proxy.cut()
+            cuts += 1
 
     await asyncio.gather(cut(), *(publish() for _ in range(20)))
     await publisher.publish(message())
+    assert cuts >= 10
     assert len(confirmed) > 300
     ids = {one["properties"]["correlation_id"] for one in vhost.management.messages("work", 100_000)}
     assert set(confirmed) <= ids

@@ -108,7 +108,7 @@ class Asyncio(Plain):
         ticking = asyncio.create_task(tick())
         found = await asyncio.gather(*(self._one() for _ in range(8)))
         ticking.cancel()
-        assert longest < 1, "the loop was blocked"
+        assert longest < DEADLINE, "the loop was blocked"
         return found
 
     def calls(self) -> list[Result]:
@@ -239,14 +239,15 @@ def _all_call(callers: list[Plain]) -> list[tuple[str, Exception | None, float]]
 @pytest.mark.fault
 def test_every_caller_is_told_in_time_twice_and_then_it_works_again(trouble: Trouble, callers: list[Plain]) -> None:
     if trouble.begin is not None:
-        assert {error for _, error, _ in _all_call(callers)} == {None}
+        # The first ones declare everything, all at once.
+        wait_until(lambda: not any(error for _, error, _ in _all_call(callers)), 30, "it works")
         trouble.begin()
         if BrokerBlocked in trouble.errors:
             # The broker tells a connection only when it publishes: the first message may still pass.
             _all_call(callers)
     for attempt in ("first", "second"):
         found = _all_call(callers)
-        assert statistics.median(seconds for _, _, seconds in found) < DEADLINE + 0.5
+        assert statistics.median(seconds for _, _, seconds in found) < DEADLINE + 1
         for caller, error, seconds in found:
             where = f"{attempt} call of {caller}: {error!r} because of {getattr(error, '__cause__', None)!r}"
             assert type(error) in trouble.errors, where

@@ -68,7 +68,8 @@ def test_what_ends_without_running_to_its_end_ends_for_the_caller_too(desk: Canv
         canvas.endless.delay().get(20)
     with pytest.raises(UnknownTask, match="nobody"):
         app.send_task("nobody").get(20)
-    expired = canvas.add.apply_async((1, 2), expires=0.0001)
+    # On its way until then: what expires in a queue, nobody tells.
+    expired = canvas.add.apply_async((1, 2), countdown=0.3, expires=0.1)
     with pytest.raises(TaskRevoked):
         expired.get(20)
     assert expired.state == "REVOKED"
@@ -116,19 +117,22 @@ def test_what_cannot_travel_fails_with_a_readable_error_and_the_process_lives_on
 def test_progress_is_seen_while_the_task_runs(desk: CanvasBench) -> None:
     desk.caller()
     desk.worker("default", "-c", "2")
-    result = canvas.progress.delay(5)
-    seen = []
+    result = canvas.progress.delay(5, 0.5)
+    seen: list[dict[str, int]] = []
     while not result.ready():
-        if result.info and result.info not in seen:
-            seen.append(result.info)
+        info = result.info
+        if isinstance(info, dict) and info not in seen:
+            seen.append(info)
         time.sleep(0.01)
     assert result.get(0) == "done"
     assert seen == sorted(seen, key=lambda one: one["done"])
     assert len(seen) >= 4
-    started = canvas.slow.delay(0.5)
-    wait_until(lambda: started.state == "STARTED", 5, "it started")
+    gate = desk.folder / "gate"
+    started = canvas.held.delay(str(gate))
+    wait_until(lambda: started.state == "STARTED", 10, "it started")
     assert started.info["pid"] != os.getpid()
-    assert started.get(5) == 0.5
+    gate.touch()
+    assert started.get(10) == "done"
 
 
 @pytest.mark.timing
@@ -184,11 +188,13 @@ def test_results_come_after_the_connection_was_cut(desk: CanvasBench, proxy: Tcp
 def test_a_reply_queue_that_somebody_deletes_is_told_to_those_who_wait(desk: CanvasBench) -> None:
     desk.caller()
     desk.worker("default", "-c", "2")
-    waiting = canvas.slow.delay(1.0)
+    gate = desk.folder / "gate"
+    waiting = canvas.held.delay(str(gate))
     for queue in reply_queues(desk):
         desk.vhost.management.delete_queue(queue)
     with pytest.raises(ResultUnavailable, match="reply queue"):
         waiting.get(20)
+    gate.touch()
     wait_until(lambda: reply_queues(desk), 10, "the queue is declared again")
     assert canvas.add.delay(1, 2).get(10) == 3
 
@@ -218,7 +224,9 @@ def test_a_stray_message_in_the_reply_queue_harms_nobody(desk: CanvasBench) -> N
 
 CLIENT = """
 import sys, time
+from amqptasks.broker import publisher
 from integration.apps import canvas
+publisher._EXIT_SECONDS = 15.0  # on a busy machine, too
 canvas.app.configure(config=sys.argv[1])
 results = [canvas.add.delay(number, 1) for number in range(int(sys.argv[2]))]
 if sys.argv[3] == "get":
@@ -249,10 +257,10 @@ def test_client_processes_leave_no_queue_behind(desk: CanvasBench) -> None:
                 client.send_signal(signal.SIGKILL)
             client.wait(30)
             client.stdout.close()
+    # Those of the five that were killed, until their time is over; nothing of the others.
+    wait_until(lambda: len(reply_queues(desk)) == 5, 10, lambda: f"five queues: {reply_queues(desk)}", pause=0.1)
     left = desk.vhost.management.queues()
     replies = [left[name] for name in reply_queues(desk)]
-    # Those of the five that were killed, until their time is over; nothing of the others.
-    assert len(replies) == 5
     for queue in replies:
         assert queue["arguments"]["x-expires"] == 300_000
         assert queue["durable"]

@@ -69,11 +69,14 @@ def test_revokes_are_known_to_workers_that_start_later_and_to_those_that_run(ben
 def test_what_waits_in_the_worker_is_revoked_and_what_runs_goes_on(bench: Bench) -> None:
     app = bench.client()
     worker = bench.worker("default", "-c", "1", "--prefetch", "10")
-    running = bench.send(app, "note", 2.0)
+    gate = bench.folder / "gate"
+    running = bench.send(app, "waits_for", str(gate))
     bench.wait_done({running}, event="begin")
     waiting = [bench.send(app, "note") for _ in range(3)]
     wait_until(lambda: bench.vhost.ready("default") == 0, 10, "the worker holds all")
     app.control.revoke([running, waiting[1]])
+    wait_until(lambda: f"[{waiting[1]}] revoked" in worker.log, 20, "the worker has heard of it")
+    gate.touch()
     bench.wait_done({running, waiting[0], waiting[2]})
     assert _reasons(bench, 1) == {waiting[1]: "revoked"}
     assert _ran(bench, waiting[1]) == set()
@@ -84,7 +87,7 @@ def test_what_waits_in_the_worker_is_revoked_and_what_runs_goes_on(bench: Bench)
 def test_a_retry_and_what_a_dead_executor_leaves_are_revoked(bench: Bench) -> None:
     app = bench.client()
     bench.worker("default", "-c", "1")
-    retried = bench.send(app, "always_retries", 1.5)
+    retried = bench.send(app, "always_retries", 8.0)
     bench.wait_done({retried}, event="try")
     app.control.revoke(retried)
     assert _reasons(bench, 1) == {retried: "revoked"}
@@ -181,11 +184,13 @@ def test_all_with_a_stamp_are_revoked_wherever_they_are(desk: CanvasBench) -> No
 )
 def test_commands_revoke_by_stamps(bench: Bench, command: list[str]) -> None:
     """Celery's own, and ours; two workers hear the broadcast, and the journal keeps it for those that come later."""
+    bench.settings["queues"]["other"] = {}
     app = bench.client()
-    workers = [bench.worker("default", "-c", "1", "-n", f"{name}@test") for name in "ab"]
+    app.declare()
+    workers = [bench.worker("other", "-c", "1", "-n", f"{name}@test") for name in "ab"]
     note = app.signature("integration.apps.jobs.note")
-    revoked = {note.clone().stamp(customer="acme").apply_async(countdown=4.0).id for _ in range(4)}
-    kept = note.clone().stamp(customer="other").apply_async(countdown=4.0).id
+    revoked = {note.clone().stamp(customer="acme").apply_async().id for _ in range(4)}
+    kept = note.clone().stamp(customer="other").apply_async().id
     done = subprocess.run(
         [sys.executable, "-m", command[0], "-b", bench.vhost.url, *command[1:]],
         capture_output=True, text=True, check=False,

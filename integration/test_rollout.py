@@ -42,7 +42,8 @@ def test_workers_that_are_replaced_again_and_again_run_each_task_once_but_for_th
                 time.sleep(1)
             old.kill()
             begun = {entry.task_id for entry in bench.ledger.entries("begin") if entry.pid in family}
-            killed |= begun - bench.ledger.ids("done")
+            ended = {entry.task_id for entry in bench.ledger.entries("done") if entry.pid in family}
+            killed |= begun - ended
         else:
             if cycle % 2:
                 os.killpg(old.process.pid, signal.SIGTERM)
@@ -72,14 +73,17 @@ def test_a_worker_that_joins_takes_what_waits_though_others_were_there_first(ben
     for _ in range(2):
         bench.worker("default", "-c", "1")
     bench.wait_done({bench.send(app, "note") for _ in range(50)})  # so that they hold more than one
-    long = {bench.send(app, "note", 15.0) for _ in range(2)}
+    gate = bench.folder / "gate"
+    long = {bench.send(app, "waits_for", str(gate)) for _ in range(2)}
     bench.wait_done(long, event="begin")
     short = {bench.send(app, "note", 0.1) for _ in range(10)}
     time.sleep(1)
     assert not short & bench.ledger.ids("begin")
     bench.worker("default", "-c", "1")
-    bench.wait_done(short, timeout=10)
+    bench.wait_done(short)
     assert not long & bench.ledger.ids("done")
+    gate.touch()
+    bench.wait_done(long)
 
 
 @pytest.fixture

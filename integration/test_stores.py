@@ -147,12 +147,12 @@ def test_strange_ids_are_ids(store: ResultStore) -> None:
 
 
 def test_results_expire(url: str) -> None:
-    store = open_store(url, expires=1)
+    store = open_store(url, expires=2)
     task_id, group_id = fresh(), fresh()
     store.put(task_id, encoded(task_id), ready=True)
     store.put_group(group_id, b"{}")
     assert store.get([task_id])
-    time.sleep(2.1)
+    time.sleep(4.1)
     assert store.get([task_id]) == {}
     assert store.get_group(group_id) is None
     store.expire()
@@ -286,6 +286,14 @@ def test_a_wrong_password_is_told_without_it(kind: str) -> None:
     assert "password" in str(caught.value).lower() or "denied" in str(caught.value).lower()
 
 
+def _is_waited_for(store: Any, access: Any, task_id: str) -> bool:
+    """Whether somebody is told of it from now on."""
+    if hasattr(store, "_news"):
+        topic = store._news._topics.get(task_id)
+        return topic is not None and topic.settled.is_set()
+    return any(task_id in ids for ids, *_ in list(access._poller._waiting.values()))
+
+
 @pytest.mark.parametrize("kind", list(SERVERS), indirect=True)
 def test_after_a_restart_of_the_server_the_same_store_works(kind: str, store: ResultStore) -> None:
     task_id, server = fresh(), server_of(kind)
@@ -295,7 +303,8 @@ def test_after_a_restart_of_the_server_the_same_store_works(kind: str, store: Re
     values: list[int] = []
     thread = threading.Thread(target=lambda: values.append(waiting.get(30)))
     thread.start()
-    time.sleep(0.3)
+    wait_until(lambda: _is_waited_for(store, access, waiting.id), 10, "it waits")
+    time.sleep(0.3)  # and has looked once
     server.stop(signal.SIGKILL) if kind == "memcached" else server.stop()
     with pytest.raises(StoreUnavailable):
         store.put(task_id, encoded(task_id), ready=True)
@@ -372,10 +381,12 @@ def test_an_item_that_memcached_does_not_take_is_told() -> None:
 
 
 def test_old_rows_are_deleted_in_batches(tmp_path: Any) -> None:
-    store = open_store(f"sqlite:///{tmp_path}/results.db", expires=0.5)
+    store = open_store(f"sqlite:///{tmp_path}/results.db", expires=3600)
     for number in range(2500):
         store.put(str(number), encoded(str(number)), ready=True)
-    time.sleep(1)
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        connection.execute("UPDATE amqptasks_results SET updated_at = 1.0")
+    connection.close()
     store.put("fresh", encoded("fresh"), ready=True)
     assert store.expire() == 2500
     assert store.expire() == 0

@@ -40,8 +40,8 @@ _MANY_CHANNELS, _PREFETCH_OF_MANY = 1000, 20_000
 #: Removed messages that may wait to be acknowledged together: a frame for all, where the run of tags is unbroken.
 _GATHERED = 200
 _STEP, _LOOK = 0.02, 0.002
-#: A queue that has given nothing for so long has nothing more to give.
-_IDLE_SECONDS = 2.0
+#: A queue that has given nothing for so long has nothing more to give; or the broker is slow, and says that some wait.
+_IDLE_SECONDS, _SLOW_SECONDS = 2.0, 20.0
 #: A queue that is said to be empty may give something all the same: after its leader changed, 0 is no count.
 _EMPTY_SECONDS = 0.5
 #: What an earlier visit held is back in the queue after so long, or it is gone.
@@ -203,9 +203,13 @@ class QueueReader:
                 break
             if self._held[-1] >= self._sizes[-1]:
                 self._consume()
-            elif time.monotonic() - quiet_since > _IDLE_SECONDS:
+            elif self._is_silent(time.monotonic() - quiet_since):
                 return False
         return True
+
+    def _is_silent(self, seconds: float) -> bool:
+        """Whether a queue that has given nothing for so long will give nothing more."""
+        return seconds > _SLOW_SECONDS or (seconds > _IDLE_SECONDS and not self._count(0, 0.0))
 
     def _count(self, at_least: int, seconds: float) -> int:
         """How many wait: so many at least, unless that does not become true in this time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 from amqptasks.app import AmqpTasks
@@ -31,7 +31,9 @@ FEATURES = [
     ((4, 0), "quorum queues with two priorities; a default delivery limit of 20; 16 MiB messages by default"),
     ((4, 3), "quorum queues with 32 priorities; no transient queues that are not exclusive"),
 ]
-_SKEW_SECONDS = 2.0
+_SKEW_SECONDS = 1.0
+#: HTTP's Date has whole seconds, and the broker's server makes it once a second.
+_DATE_AGE = timedelta(seconds=2)
 
 
 def check_broker(
@@ -136,10 +138,13 @@ def _alarms(api: ManagementApi) -> Iterator[Finding]:
 
 
 def _clock(api: ManagementApi) -> Iterator[Finding]:
+    asked = datetime.now(UTC)
     said = api.date()
+    heard = datetime.now(UTC)
     if said is None:
         return
-    skew = abs((datetime.now(UTC) - parsedate_to_datetime(said)).total_seconds())
+    earliest = parsedate_to_datetime(said)
+    skew = max((asked - earliest - _DATE_AGE).total_seconds(), (earliest - heard).total_seconds())
     if skew > _SKEW_SECONDS:
         yield Finding(
             Level.WARNING,

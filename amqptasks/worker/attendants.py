@@ -134,7 +134,7 @@ class Attendants:
     @property
     def idle(self) -> bool:
         """Whether nothing is on its way."""
-        return self._joiner.idle and all(one.idle for one in self._rate_queues.values())
+        return self._joiner.idle and self.revokes.idle and all(one.idle for one in self._rate_queues.values())
 
     # -- messages -------------------------------------------------------------------------------------------------
 

@@ -213,6 +213,11 @@ class RevokeBook:
         if news:
             self._act(news, entry.signum)
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was broadcast stands in the journal."""
+        return not self._to_journal
+
     # -- for remote control ---------------------------------------------------------------------------------------
 
     def revoked_ids(self) -> list[str]:

@@ -34,7 +34,7 @@ _STRAGGLER_SECONDS = 0.02
 _RETRY_FIRST, _RETRY_MAX = 0.5, 30.0
 #: What belongs to the topology and is missing is declared meanwhile, which takes a moment: an exchange that stands, and
 #: is not bound yet, would hand the message to its alternate exchange.
-_RETRY_DECLARED = 3.0
+_RETRY_DECLARED = 5.0
 #: A queue that the topology does not know, and nobody has made after so many tries (4 to 8 s), is a mistake.
 UNROUTABLE_TRIES = 4
 #: Outcomes of deliveries whose channel was lost before they could be settled, by message.

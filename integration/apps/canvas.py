@@ -78,10 +78,10 @@ def retries(self: Any) -> None:
 
 
 @app.task(bind=True)
-def progress(self: Any, steps: int) -> str:
+def progress(self: Any, steps: int, pause: float = 0.05) -> str:
     for step in range(steps):
         self.update_state(state="PROGRESS", meta={"done": step + 1, "of": steps})
-        time.sleep(0.05)
+        time.sleep(pause)
     return "done"
 
 
@@ -89,6 +89,26 @@ def progress(self: Any, steps: int) -> str:
 def slow(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def _wait_for(gate: str) -> None:
+    while not Path(gate).exists():
+        time.sleep(0.02)
+
+
+@app.task(bind=True)
+def halfway(self: Any, gate: str) -> str:
+    """Report progress, and stay there until there is such a file."""
+    self.update_state(state="PROGRESS", meta={"done": 5, "of": 10})
+    _wait_for(gate)
+    return "done"
+
+
+@app.task(track_started=True)
+def held(gate: str) -> str:
+    """Run until there is such a file."""
+    _wait_for(gate)
+    return "done"
 
 
 @app.task

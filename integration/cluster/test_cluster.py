@@ -30,7 +30,7 @@ def test_leaders_that_are_killed_one_after_the_other_lose_nothing(
         members(bench, cluster, "default")
     load.end()
     print(f"longest pause {slowest:.1f} s")
-    assert slowest < 20
+    assert slowest < 45
 
 
 @pytest.mark.timeout(180)
@@ -47,7 +47,7 @@ def test_without_a_majority_callers_are_told_and_afterwards_work_goes_on(bench: 
         started = time.monotonic()
         with pytest.raises(PublishError):
             bench.send(app, "note")
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 15
     for node in cluster.nodes[1:]:
         node.start()
     cluster.wait_complete()

@@ -143,6 +143,7 @@ async def longest_pause(work: Coroutine[Any, Any, Any]) -> tuple[float, Any]:
     return worst, result
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("name", "args", "status"),
     [
@@ -182,6 +183,7 @@ def test_an_async_errback_runs_on_the_loop_of_its_pool(app: AmqpTasks, with_stor
     assert len(set(loops)) == 1
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("name", "args", "verdict"),
     [

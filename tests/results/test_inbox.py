@@ -137,6 +137,7 @@ def test_who_no_longer_waits_leaves_no_listener(inbox):
     assert inbox._find("a").listeners == []
 
 
+@pytest.mark.timing
 def test_the_time_of_aget_holds_while_the_store_is_asked():
     class Slow(ReplyInbox):
         """It takes a second to listen, as a store that is away does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -50,15 +51,18 @@ def test_a_reply_reaches_everybody_though_one_listener_raises() -> None:
 def test_who_waits_at_a_store_that_is_polled_is_told_though_one_listener_raises(tmp_path) -> None:
     store = open_store(f"sqlite:///{tmp_path}/results.db", expires=60)
     access = StoredResults(store)
-    access.listen(["bad"], raises)
+    stops = [access.listen(["bad"], raises)]
     thread, values = asked(AsyncResult("good", access))
     store.put("bad", encoded("bad", 1), ready=True)
-    access.listen(["bad"], raises)  # known already: told at once
-    while "good" not in {one for ids, _, _ in access._poller._waiting.values() for one in ids}:
+    stops.append(access.listen(["bad"], raises))  # known already: told at once
+    while not any("good" in ids for ids, *_ in list(access._poller._waiting.values())):
         assert thread.is_alive()
+        time.sleep(0.001)
     store.put("good", encoded("good", 7), ready=True)
     thread.join(20)
     assert values == [7]
+    for stop in stops:
+        stop()
     store.close()
 
 

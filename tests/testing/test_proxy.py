@@ -89,4 +89,4 @@ def test_an_end_comes_late_and_after_what_was_sent_before(
     started = time.monotonic()
     wait_until(lambda: proxy.connections == 0, 10, "it has ended")
     assert time.monotonic() - started > 0.1
-    assert b"".join(heard) == b"last words"
+    wait_until(lambda: b"".join(heard) == b"last words", 10, lambda: f"what was heard: {heard}")

@@ -265,6 +265,7 @@ def test_what_waits_is_taken_out(make: Any, pool: str) -> None:
     assert bench.wait(running) == [Succeeded()]
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGUSR2])
 def test_an_executor_ignores_signals_for_the_group_and_dies_of_those_for_its_task(make: Any, number: int) -> None:
     bench = make("process", 1)
@@ -299,11 +300,11 @@ def test_more_and_fewer_executors(make: Any, tmp_path: Any) -> None:
 def test_more_and_fewer_slots(make: Any, pool: str) -> None:
     bench = make(pool, 2)
     bench.dispatcher.resize(6)
-    ids = [bench.send(nap, 0.5) for _ in range(6)]
+    ids = [bench.send(nap, 3.0) for _ in range(6)]
     bench.run_until(lambda: len(bench.dispatcher.running()) == 6)
     bench.wait(*ids)
     bench.dispatcher.resize(1)
-    ids = [bench.send(nap, 0.1) for _ in range(3)]
+    ids = [bench.send(nap, 0.5) for _ in range(3)]
     bench.run_until(lambda: len(bench.dispatcher.running()) == 1)
     assert bench.dispatcher.busy == 1
     bench.wait(*ids)
@@ -470,7 +471,7 @@ def test_hundreds_sleep_at_once_in_a_context_of_their_own(make: Any) -> None:
 
 def test_plain_functions_run_beside_the_loop_as_many_as_there_are_slots(make: Any) -> None:
     bench = make("asyncio", 40)
-    ids = [bench.send(nap, 0.5) for _ in range(30)] + [bench.send(anap, 0.5) for _ in range(10)]
+    ids = [bench.send(nap, 4.0) for _ in range(30)] + [bench.send(anap, 4.0) for _ in range(10)]
     bench.run_until(lambda: len(bench.dispatcher.running()) == 40, 5)
     assert bench.wait(*ids) == [Succeeded()] * 40
 
@@ -496,7 +497,7 @@ def test_an_executor_that_has_grown_is_replaced_when_it_has_finished(make: Any, 
     bench.wait(bench.send(nap, 0))
     size = bench.dispatcher.executors[0].resident()
     bench = make(pool, 1, recycling=Recycling(memory=size + 150_000_000, memory_hard=size + 400_000_000))
-    assert bench.wait(bench.send(grow, 300_000_000, 1.5)) == [Succeeded()], "it is not killed with a task inside"
+    assert bench.wait(bench.send(grow, 300_000_000, 4.0)) == [Succeeded()], "it is not killed with a task inside"
     bench.run_until(lambda: bench.dispatcher.restarts == {"recycled_memory": 1})
     assert isinstance(bench.wait(bench.send(grow, 500_000_000, 60))[0], Lost)
     assert bench.dispatcher.restarts["memory_hard"] == 1

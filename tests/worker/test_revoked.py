@@ -53,3 +53,13 @@ def test_a_revoke_goes_when_its_time_is_over() -> None:
     time.sleep(0.35)
     tick()
     assert list(made.known) == ["long"]
+
+
+def test_a_worker_that_is_told_to_stop_writes_down_first_what_it_answered_yes_to() -> None:
+    timers: list[Callable[[], None]] = []
+    made = book(RevokeSettings(), timers)
+    assert made.idle
+    made.revoke(("one", ("customer", "acme")))
+    assert not made.idle
+    timers[-1]()
+    assert made.idle

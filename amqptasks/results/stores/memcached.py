@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -77,9 +78,10 @@ class MemcachedStore(ResultStore):
 
     @property
     def _lifetime(self) -> int:
-        seconds = int(self.expires or 0)
-        if self.expires and not seconds:
-            return 1
+        if not self.expires:
+            return 0
+        # memcached's clock has whole seconds: one more, so that nothing is gone before its time.
+        seconds = math.ceil(self.expires) + 1
         return int(time.time()) + seconds if seconds > _LONGEST_RELATIVE else seconds
 
     def put(self, task_id: str, encoded: bytes, *, ready: bool) -> None:
