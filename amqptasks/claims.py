@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,17 +57,17 @@ class Claim:
         except (ValueError, TypeError, RecursionError):
             raise DecodeError("the message says that its body is kept elsewhere, and not where") from None
         texts = (made.key, made.sha256, made.content_type)
-        fits = all(isinstance(one, str) for one in texts) and type(made.size) is int
+        fits = all(isinstance(one, str) for one in texts) and type(made.size) is int and made.size >= 0
         if not fits or not _KEY.fullmatch(made.key) or not _SHA256.fullmatch(made.sha256):
             raise DecodeError("the message says that its body is kept where no body is: its claim is not amqptasks's")
         return made
 
 
 class Claims:
-    """The store of large bodies, opened at its first use in each process.
+    """The store of large bodies, opened at its first use in each process. Raises `ConfigError` for what is none.
 
     Args:
-        url: a directory that every process sees (``file:///mnt/tasks``), or any other file system of fsspec.
+        url: a directory that every process sees (``file:///mnt/tasks/bodies``), or another file system of fsspec.
         above: larger bodies go there, in bytes.
         limit: the largest body that a worker takes, in bytes.
         keep: seconds for which a body is kept when its task has succeeded.
@@ -79,29 +80,29 @@ class Claims:
         self._above = above
         self._limit = limit
         self.keep = keep
+        scheme = url.partition(":")[0]
+        #: Whether it is a directory of this machine, or one that is mounted like one.
+        self.is_local = scheme in ("file", "local")
+        try:
+            # Only who asks for it needs the package.
+            self._fsspec: Any = importlib.import_module("fsspec.core")
+            self._fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            needs = "pip install 'amqptasks[claim-check]'" if error.name == "fsspec" else str(error)
+            raise ConfigError(f"claim_check.url: {scheme}:// needs another package: {needs}") from None
+        except ValueError as error:
+            raise ConfigError(f"claim_check.url: {mask_url(str(error))}") from None
         self._pid = 0
-        self._open()
 
     def __str__(self) -> str:
         return mask_url(self._url)
 
     def _open(self) -> None:
         """Each process its own: a connection does not outlive a fork."""
-        if self._pid == os.getpid():
-            return
-        scheme = self._url.partition(":")[0]
-        try:
-            core = importlib.import_module("fsspec.core")  # only who asks for it needs the package
-            self._files, root = core.url_to_fs(self._url, skip_instance_cache=True)
-        except ImportError as error:
-            needs = "pip install 'amqptasks[claim-check]'" if error.name == "fsspec" else str(error)
-            raise ConfigError(f"claim_check.url: {scheme}:// needs another package: {needs}") from None
-        except ValueError as error:
-            raise ConfigError(f"claim_check.url: {mask_url(str(error))}") from None
-        self._root = root.rstrip("/")
-        protocol = self._files.protocol
-        self._local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
-        self._pid = os.getpid()
+        if self._pid != os.getpid():
+            self._files, root = self._fsspec.url_to_fs(self._url, skip_instance_cache=True)
+            self.root = root.rstrip("/")
+            self._pid = os.getpid()
 
     # -- out ------------------------------------------------------------------------------------------------------
 
@@ -112,8 +113,12 @@ class Claims:
     def check_in(self, envelope: Envelope) -> None:
         """Have a claim travel in the place of a large body. Raises `MessageTooLarge`."""
         if self.takes(envelope):
-            envelope.body = self.written(envelope.body, envelope.content_type)
-            envelope.content_type, envelope.content_encoding = CLAIM_TYPE, "utf-8"
+            envelope.body, envelope.content_type = self.packed(envelope.body, envelope.content_type)
+            envelope.content_encoding = "utf-8"
+
+    def packed(self, body: bytes, content_type: str) -> tuple[bytes, str]:
+        """What travels for a body, and its content type: a claim where it is large. Raises `MessageTooLarge`."""
+        return (self.written(body, content_type), CLAIM_TYPE) if len(body) > self._above else (body, content_type)
 
     def written(self, body: bytes, content_type: str) -> bytes:
         """Keep a body; returns the claim, as a message carries it. Raises `MessageTooLarge`."""
@@ -122,15 +127,15 @@ class Claims:
                 f"the body has {len(body)} bytes; no worker takes more than {self._limit} (serialization.max_body)"
             )
         key = f"{datetime.now(UTC).date()}/{uuid4().hex}"
-        self._use(lambda: self._write(f"{self._root}/{key}", body))
+        self._use(lambda: self._write(key, body))
         return json.dumps(asdict(Claim(key, len(body), hashlib.sha256(body).hexdigest(), content_type))).encode()
 
-    def _write(self, path: str, body: bytes) -> None:
-        if self._local:
+    def _write(self, key: str, body: bytes) -> None:
+        if self.is_local:
             # Durable before the message is: else a machine that goes down keeps the claim and loses the body.
-            _write_local(Path(self._root), Path(path), body)
+            _write_local(Path(self.root), Path(self.root, key), body)
         else:
-            self._files.pipe_file(path, body)
+            self._files.pipe_file(f"{self.root}/{key}", body)
 
     # -- in -------------------------------------------------------------------------------------------------------
 
@@ -138,8 +143,7 @@ class Claims:
         """The body. Raises `DecodeError` when it is gone, or is another."""
         if claim.size > self._limit:
             raise DecodeError(f"the body has {claim.size} bytes; the limit is {self._limit} (serialization.max_body)")
-        path = f"{self._root}/{claim.key}"
-        body = self._use(lambda: self._read(path, claim.size + 1))
+        body = self._use(lambda: self._read(claim.key, claim.size + 1))
         if body is None:
             raise DecodeError(
                 f"its body {claim.key} is not in {self}: it was deleted, or its task has succeeded and ran once more"
@@ -148,9 +152,9 @@ class Claims:
             raise DecodeError(f"its body {claim.key} in {self} is not the one that was sent")
         return bytes(body)
 
-    def _read(self, path: str, most: int) -> bytes | None:
+    def _read(self, key: str, most: int) -> bytes | None:
         try:
-            body: bytes = self._files.cat_file(path, start=0, end=most)
+            body: bytes = self._files.cat_file(f"{self.root}/{key}", start=0, end=most)
         except FileNotFoundError:
             self._must_stand()
             return None
@@ -160,11 +164,11 @@ class Claims:
         """Delete a body. One that is gone already is no error; `DecodeError` for what is no key."""
         if not _KEY.fullmatch(key):
             raise DecodeError(f"{key!r:.80} is no key of a body")
-        self._use(lambda: self._delete(f"{self._root}/{key}"))
+        self._use(lambda: self._delete(key))
 
-    def _delete(self, path: str) -> None:
+    def _delete(self, key: str) -> None:
         try:
-            self._files.rm_file(path)
+            self._files.rm_file(f"{self.root}/{key}")
         except FileNotFoundError:
             self._must_stand()
 
@@ -179,16 +183,17 @@ class Claims:
 
     def _must_stand(self) -> None:
         """A directory that is not mounted has no bodies, which must not be taken for bodies that are gone."""
-        if self._local and not Path(self._root).is_dir():
-            raise FileNotFoundError(f"there is no directory {self._root}")
+        if self.is_local and not Path(self.root).is_dir():
+            raise FileNotFoundError(f"there is no directory {self.root}")
 
     def _use(self, work: Callable[[], T]) -> T:
-        self._open()
         try:
+            self._open()
             return work()
         except SoftTimeLimitExceeded:  # of the task that calls another
             raise
         except Exception as error:  # whatever a file system raises
+            self._pid = 0  # the next use connects anew
             why = mask_url(str(error)) or type(error).__name__
             raise StoreUnavailable(f"the store of large bodies {self} cannot be used: {why}") from error
 
@@ -197,9 +202,13 @@ def _write_local(root: Path, path: Path, body: bytes) -> None:
     """The root is not made: where nothing is mounted, nobody else would see it."""
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {root}")
-    path.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        path.parent.mkdir()
+        # Callers and workers may be users of one group, which the root hands on; nobody else reads arguments.
+        path.parent.chmod(0o2770)
     try:
         with path.open("xb") as file:
+            os.fchmod(file.fileno(), 0o660)
             file.write(body)
             file.flush()
             os.fsync(file.fileno())

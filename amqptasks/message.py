@@ -39,6 +39,8 @@ class Envelope:
     #: With ``mandatory`` the broker returns what no queue would get (AMQP 0-9-1, basic.publish).
     mandatory: bool = True
     provenance: Provenance | None = None
+    #: Of the messages of one outcome: published when all others are confirmed, and only if they were taken.
+    last: bool = False
 
     @property
     def is_reply(self) -> bool:

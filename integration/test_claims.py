@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from amqptasks import AmqpTasks, StoreUnavailable, chain
+from amqptasks import AmqpTasks, StoreUnavailable, TaskRevoked, chain
 from amqptasks.claims import CLAIM_TYPE, FORGET, Claim
 from amqptasks.errors import MessageTooLarge
 from amqptasks.message import Envelope
@@ -159,13 +163,59 @@ def test_tasks_wait_while_the_store_is_away_and_calls_are_told(bench: ClaimsBenc
         tasks.size_of.delay(TEXT)
     assert bench.vhost.ready("default") == 1
     worker = bench.worker("default", "-c", "1")
-    wait_until(lambda: "A task waits for its body" in worker.log, 20, "the worker says so")
+    wait_until(lambda: "Tasks wait for their bodies" in worker.log, 20, "the worker says so")
     assert tasks.size_of.delay("small").get(30) == 5  # it holds up no other
     away.rename(bench.store)
     assert handle.get(40) == len(TEXT)
     assert bench.ledger.ids("done") >= {handle.id}
     assert [one.attempt for one in bench.ledger.entries("done") if one.task_id == handle.id] == [1]
     bench.wait_empty()
+
+
+def test_what_is_decided_already_is_not_put_off_while_the_store_is_away(bench: ClaimsBench) -> None:
+    """It would come back as if it were not: a poisoned task would cost another executor."""
+    bench.caller()
+    expired = tasks.size_of.apply_async((TEXT,), countdown=0.3, expires=0.1)
+    bench.store.rename(bench.store.with_name("away"))
+    bench.worker("default", "-c", "1")
+    with pytest.raises(TaskRevoked):
+        expired.get(30)
+    (letter,) = bench.vhost.dead_letters("default", 1)
+    assert letter["properties"]["headers"]["x-task-reason"] == "expired"
+    shown = dlq(bench, "show", expired.id)
+    assert "there is no directory" in shown
+    assert "expired" in shown
+    bench.store.with_name("away").rename(bench.store)
+    assert TEXT in dlq(bench, "show", expired.id, "--json")
+
+
+def test_a_worker_that_may_not_sign_runs_the_task_once_and_leaves_the_body(bench: ClaimsBench) -> None:
+    private, public = bench.folder / "private.pem", bench.folder / "public.pem"
+    key = Ed25519PrivateKey.generate()
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    bench.settings["security"] = {"verification_keys": [public.read_text()]}
+    worker = bench.worker("default", "-c", "1")
+    bench.settings["security"] = {"signing_key": private.read_text()}
+    bench.caller()
+    handle = tasks.size_of.delay(TEXT)
+    assert handle.get(30) == len(TEXT)
+    wait_until(lambda: "A large body cannot be deleted" in worker.log, 10, lambda: worker.log)
+    bench.vhost.wait_settled("default")
+    assert [one.task_id for one in bench.ledger.entries("done")] == [handle.id]
+    assert len(bench.bodies) == 1
+
+
+def test_settings_of_a_store_that_cannot_be_do_not_end_a_worker_that_runs(bench: ClaimsBench) -> None:
+    worker = bench.worker("default", "-c", "1")
+    bench.settings["claim_check"]["url"] = "nope://here/there"
+    _ = bench.config
+    worker.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "going on with the old" in worker.log, 30, lambda: worker.log)
+    assert "claim_check.url: Protocol not known: nope" in worker.log
+    bench.settings["claim_check"]["url"] = f"file://{bench.store}"
+    bench.caller()
+    assert tasks.size_of.delay(TEXT).get(30) == len(TEXT)
 
 
 def test_messages_that_lie_about_their_bodies_are_dead_letters(bench: ClaimsBench) -> None:
@@ -234,6 +284,14 @@ class TestBeyondTheBrokersLimit:
         with pytest.raises(MessageTooLarge, match=r"serialization\.max_body"):
             tasks.size_of.delay("x" * 70_000_000)
         bench.wait_empty()
+        # What is returned travels whole: the task fails, and its dead letter needs the body.
+        failed = tasks.doubled.delay("x" * 20_000_000)
+        with pytest.raises(MessageTooLarge):
+            failed.get(60)
+        (letter,) = bench.vhost.dead_letters("default", 1)
+        assert letter["properties"]["headers"]["x-task-exception"] == "MessageTooLarge"
+        time.sleep(3 * bench.settings["claim_check"]["keep"])
+        assert len(bench.bodies) == 1
 
 
 def test_doctor_tries_the_store(bench: ClaimsBench) -> None:

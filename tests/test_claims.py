@@ -12,8 +12,11 @@ import pytest
 
 from amqptasks import AmqpTasks, ConfigError
 from amqptasks.claims import CLAIM_TYPE, Claim, Claims, read_body
+from amqptasks.doctor.findings import Level
+from amqptasks.doctor.settings import check_claims
 from amqptasks.errors import DecodeError, MessageTooLarge, SoftTimeLimitExceeded, StoreUnavailable
 from amqptasks.message import Envelope
+from amqptasks.worker.group import plan_groups
 
 BODY = b'[["' + b"x" * 5000 + b'"],{},{}]'
 SOUND = {"key": f"2026-01-31/{'0f' * 16}", "size": 3, "sha256": "ab" * 32, "content_type": "application/json"}
@@ -77,6 +80,7 @@ def test_any_file_system_of_fsspec_will_do() -> None:
         {"size": "3"},
         {"size": True},
         {"size": None},
+        {"size": -1},
         {"sha256": "AB" * 32},
         {"sha256": ""},
         {"content_type": None},
@@ -173,6 +177,8 @@ def test_a_child_of_a_fork_opens_the_store_for_itself(claims: Claims, folder: Pa
     [
         ("/mnt/tasks", "SCHEME://PATH, such as file:///mnt/tasks"),
         ("file://mnt/tasks", "three slashes"),
+        ("local://mnt/tasks", "three slashes"),
+        ("file:///", "three slashes"),
         ("s3://bucket/tasks", "s3:// needs another package: Install s3fs"),
         ("nope://user:word@host/x", "Protocol not known: nope"),
     ],
@@ -181,6 +187,39 @@ def test_a_wrong_url_is_told(url: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         _ = AmqpTasks("x", config={"claim_check": {"url": url}}).calls
     assert "word" not in str(error.value)
+
+
+def test_a_server_that_is_away_is_told_when_the_store_is_used_and_not_before() -> None:
+    claims = Claims("ftp://127.0.0.1:1/tasks", above=0, limit=1000, keep=60.0)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="Connection refused"):
+            claims.check()
+
+
+def test_a_gevent_pool_takes_a_directory_only() -> None:
+    for url, fits in (("file:///mnt/bodies", True), ("memory://bodies", False)):
+        settings = AmqpTasks("x", config={"claim_check": {"url": url}}).settings
+        if fits:
+            assert plan_groups(settings, ["default"], pool="gevent")
+            continue
+        with pytest.raises(ConfigError, match="file:// only"):
+            plan_groups(settings, ["default"], pool="gevent")
+        assert plan_groups(settings, ["default"], pool="asyncio")
+
+
+def test_doctor_warns_of_a_mount_point(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = AmqpTasks("x", config={"claim_check": {"url": f"file://{folder}"}}).settings
+    assert [one.level for one in check_claims(settings)] == [Level.OK]
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == folder)
+    (warned,) = check_claims(settings)
+    assert (warned.level, warned.mend) == (Level.WARNING, f"claim_check: {{url: 'file://{folder}/bodies'}}")
+
+
+def test_only_users_of_the_group_read_bodies(claims: Claims, folder: Path) -> None:
+    claims.written(BODY, "application/json")
+    (file,) = files(folder)
+    assert file.stat().st_mode & 0o777 == 0o660
+    assert file.parent.stat().st_mode & 0o777 == 0o770
 
 
 def test_nothing_is_kept_elsewhere_unless_asked_for() -> None:

@@ -22,7 +22,7 @@ from amqptasks.cli.dlq_edit import edit_command
 from amqptasks.cli.dlq_shown import show_groups, show_letter, tell
 from amqptasks.deadletters import DeadLetters, Filter, Letter, Moved, Stopped
 from amqptasks.doctor.findings import counted
-from amqptasks.errors import AmqpTasksError, ConfigError, DecodeError
+from amqptasks.errors import AmqpTasksError, ConfigError, DecodeError, StoreUnavailable
 from amqptasks.protocol.jsontypes import dumps
 
 __all__ = ["dlq_group"]
@@ -149,6 +149,8 @@ def show_command(obj: CliContext, letter_id: str, queues: str | None, unroutable
         call: dict[str, Any] = {"args": list(body.args), "kwargs": dict(body.kwargs)}
     except DecodeError as error:
         call = {"undecodable": str(error)}
+    except StoreUnavailable as error:
+        call = {"unavailable": str(error)}
     if not as_json:
         show_letter(letter, call)
         return

@@ -125,6 +125,7 @@ def worker_command(
     plans = plan(worker.queues)
     beat = _beat(app, bus, node) if with_beat else None
     if is_trial():
+        _ = app.calls  # keys and stores that cannot be
         app.declare()
         return 0
     signals.celeryd_after_setup.send(sender=node, instance=worker, conf=settings)

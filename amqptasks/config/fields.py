@@ -117,9 +117,9 @@ def _backend(value: str) -> str:
 def _file_system(value: str) -> str:
     scheme, separator, rest = value.partition("://")
     if not (scheme and separator and rest):
-        raise ValueError("a file system's URL is SCHEME://PATH, such as file:///mnt/tasks or s3://bucket/tasks")
-    if scheme == "file" and not rest.startswith("/"):
-        raise ValueError("a directory's URL has three slashes and its whole path, such as file:///mnt/tasks")
+        raise ValueError("a file system's URL is SCHEME://PATH, such as file:///mnt/tasks/bodies or s3://bucket/tasks")
+    if scheme in ("file", "local") and not (rest.startswith("/") and rest.strip("/")):
+        raise ValueError("a directory's URL has three slashes and its whole path, such as file:///mnt/tasks/bodies")
     return value
 
 

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+_KEEP_MAX_SECONDS = 30 * 86400
 _REVOKE_MAX_SECONDS = 60 * 86400
 
 
@@ -38,10 +39,13 @@ class ClaimCheckSettings(BaseModel):
     model_config = _FROZEN
 
     url: FileSystemUrl | None = Field(
-        None, description="A directory that all processes see (file:///mnt/tasks), or a file system of fsspec."
+        None,
+        description="A directory that all processes see (file:///mnt/tasks/bodies); or s3://, gs://, abfs://.",
     )
     above: Size = Field(256 * 1024, description="Bodies larger than this go there, as they are written.")
-    keep: Seconds = Field(60.0, description="A body is deleted so long after its task has succeeded.")
+    keep: Annotated[Seconds, Field(le=_KEEP_MAX_SECONDS)] = Field(
+        600.0, description="A body is deleted so long after its task has succeeded; 30d at most."
+    )
 
 
 class EventSettings(BaseModel):

@@ -183,16 +183,15 @@ class DeadLetters:
         compression = letter.headers.get("compression")
         if compression:
             body = compress(body, compression)
-        claims = self._app.calls.claims
-        if claim is not None and claims is not None:
-            body = claims.written(body, content_type)
+        if (claims := self._app.calls.claims) is not None:
+            body, content_type = claims.packed(body, content_type)
         headers = {
             **letter.headers,
             "argsrepr": shown(tuple(args), args, plain),
             "kwargsrepr": shown(dict(kwargs), kwargs.values(), plain),
             EDITED_HEADER: datetime.now(UTC).isoformat(),
         }
-        edited = replace(letter, headers=headers, body=body)
+        edited = replace(letter, headers=headers, body=body, content_type=content_type)
         # Who edits a letter has read it, and vouches for what it says now.
         moved = self._move(
             Filter(ids=frozenset({letter_id})),

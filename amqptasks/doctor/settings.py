@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -222,6 +223,15 @@ def check_claims(settings: Settings) -> Iterator[Finding]:
         if claims is None:
             return
         claims.check()
+        if claims.is_local and Path(claims.root).is_mount():
+            yield Finding(
+                Level.WARNING,
+                "claim check",
+                f"{claims.root} is a mount point",
+                "when it is not mounted, tasks are dead-lettered for bodies that are not gone, and others are lost",
+                f"claim_check: {{url: 'file://{claims.root}/bodies'}}",
+            )
+            return
     except AmqpTasksError as error:
         why = "calls with large arguments are refused, and tasks that have them wait until it is back"
         yield Finding(Level.ERROR, "claim check", str(error), why, "claim_check: {url: 'file:///a/directory/of/all'}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from amqptasks.claims import Claim, Claims, read_body
+import structlog
+
+from amqptasks.claims import CLAIM_TYPE, Claim, Claims, read_body
 from amqptasks.config import Settings
+from amqptasks.errors import StoreUnavailable
 from amqptasks.execution.job import Job
 from amqptasks.execution.reports import persist
 from amqptasks.protocol.compression import compress
@@ -15,6 +20,12 @@ from amqptasks.protocol.signing import Keyring
 from amqptasks.protocol.task import Body, decode_body, encode_arguments
 
 __all__ = ["Bodies"]
+
+#: A task whose body cannot be had waits in the broker for as long as the store is away already, within these bounds.
+_WAIT_FIRST, _WAIT_MAX = 10.0, 120.0
+#: A store that is away is not asked for so long by this process, and told of in the log so often at most.
+_REST_SECONDS, _SAY_SECONDS = 1.0, 10.0
+_log = structlog.get_logger("amqptasks.worker")
 
 
 class Bodies:
@@ -28,6 +39,9 @@ class Bodies:
         self._claims = claims
         self._accept = accepted(settings.serialization.accept_content)
         self._limit = settings.serialization.max_body
+        #: Since when the store is away, when it is asked again, and why it was away; when that was said.
+        self._away: tuple[float, float, str] | None = None
+        self._said = -_SAY_SECONDS
 
     @property
     def blocks(self) -> bool:
@@ -42,8 +56,31 @@ class Bodies:
 
     def read(self, job: Job) -> tuple[Body, Claim | None]:
         """The decoded body, and the claim that came in its place. Raises `DecodeError`, `StoreUnavailable`."""
-        plain, content_type, claim = read_body(self._claims, job.body, job.content_type)
+        plain, content_type, claim = job.body, job.content_type, None
+        if content_type == CLAIM_TYPE:
+            plain, content_type, claim = self._claimed(job)
         return decode_body(plain, content_type, job.headers.get("compression"), self._accept, self._limit), claim
+
+    def _claimed(self, job: Job) -> tuple[bytes, str | None, Claim | None]:
+        now = time.monotonic()
+        if self._away is not None and now < self._away[1]:
+            raise StoreUnavailable(self._away[2])
+        try:
+            found = read_body(self._claims, job.body, job.content_type)
+        except StoreUnavailable as error:
+            self._away = self._away[0] if self._away else now, time.monotonic() + _REST_SECONDS, str(error)
+            if now - self._said >= _SAY_SECONDS:
+                self._said = now
+                _log.error("Tasks wait for their bodies", task_id=job.headers.get("id"), error=str(error))
+            raise
+        self._away = None
+        return found
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a message whose body could not be had should come again."""
+        away = 0.0 if self._away is None else time.monotonic() - self._away[0]
+        return min(max(away, _WAIT_FIRST), _WAIT_MAX) * random.uniform(0.75, 1.25)
 
     def changed(
         self, job: Job, body: Body, claim: Claim | None, args: Sequence[Any], kwargs: Mapping[str, Any]

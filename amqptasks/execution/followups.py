@@ -122,7 +122,9 @@ class FollowUps:
             task_id=str(uuid.uuid5(_NAMESPACE, f"{claim.key}/forget")),
             ignore_result=True,
         )
-        return self._calls.signed(prepared.envelope)
+        envelope = self._calls.signed(prepared.envelope)
+        envelope.last = True
+        return envelope
 
     # -- chords ---------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,6 @@ from amqptasks.task import Task
 __all__ = ["Call", "Runner", "SoftLimit"]
 
 _SUCCEEDED = Succeeded()
-#: A task whose body cannot be had waits so long in the broker, and does not count it as an attempt.
-_AWAY_SECONDS = 10.0
 #: Characters of a result that monitors are shown.
 _SHOWN = 1024
 _log = structlog.get_logger("amqptasks.worker")
@@ -224,9 +222,11 @@ class Runner:
         try:
             body, claim = self._bodies.read(job)
             request = build_request(job, body, self._hostname)
-        except StoreUnavailable as error:
-            _log.error("A task waits for its body", task_id=headers.get("id"), error=str(error), seconds=_AWAY_SECONDS)
-            return Postponed(_AWAY_SECONDS)
+        except StoreUnavailable:
+            if job.verdict is None:
+                return Postponed(self._bodies.wait)
+            # Decided already, and it must not come back as if it were not; what follows it cannot be read.
+            return self._failures.concluded(job, Request(id=_text(headers.get("id"))), {})
         except Exception as error:  # whatever a hostile body provokes must not end the executor
             hooks.rejected(job, error)
             return self._failures.failed(job, Request(id=_text(headers.get("id"))), {}, error, Reason.UNDECODABLE)
@@ -245,6 +245,8 @@ class Runner:
             hooks.rejected(job, error)
             return self._failures.failed(job, request, body.embed, error, Reason.UNDECODABLE)
         call = Call(task, request, args, kwargs, body, job, claim=claim)
+        if claim is not None:
+            self._again(job.tag)  # its time limits begin when its body is there
         if job.redelivered and task.options.deduplicate:
             known = self._reporter.ended(request.id or "")
             if known is not None and known.status == SUCCESS:
@@ -271,7 +273,10 @@ class Runner:
         if call.claim is None:
             return outcome
         if isinstance(outcome, Succeeded | Discarded) or (isinstance(outcome, Retrying) and outcome.body is not None):
-            return replace(outcome, messages=(*outcome.messages, self._follow.forget(call.claim, self._queue)))
+            try:
+                return replace(outcome, messages=(*outcome.messages, self._follow.forget(call.claim, self._queue)))
+            except Exception as error:  # who may not sign, a handler that raises: the body stays, and the task has run
+                _log.error("A large body cannot be deleted", key=call.claim.key, error=str(error))
         return outcome
 
     def soft_limit_of(self, call: Call) -> float | None:

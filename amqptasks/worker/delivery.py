@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from amqptasks.broker.consumer import Incoming
 from amqptasks.errors import PublishError
 from amqptasks.events import TaskFailed, TaskRetrying, TaskRevoked
 from amqptasks.execution.job import Job, header_retries
+from amqptasks.message import Envelope
 from amqptasks.outcome import Failed, Reason, Retrying
 from amqptasks.protocol.task import PUBLISHED_HEADER, REPLAYS_HEADER
 
@@ -88,6 +89,7 @@ class Delivery:
     __slots__ = (
         "epoch",
         "incoming",
+        "last",
         "limits",
         "number",
         "queue",
@@ -109,6 +111,8 @@ class Delivery:
         self.told = Told.NOTHING
         #: Messages of its outcome that are not confirmed yet.
         self.unconfirmed = 0
+        #: Those that are published when the others are confirmed.
+        self.last: Sequence[Envelope] = ()
         #: Why one of them was not taken, and will not be.
         self.refused: PublishError | None = None
         #: (hard, soft) seconds that were set for its task while the worker runs.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -130,11 +130,10 @@ class Settlement:
         if not envelopes:
             self._finish(delivery)
             return
-        delivery.stage = Stage.SETTLING
-        self.settling.add(delivery)
-        delivery.unconfirmed = len(envelopes)
-        for envelope in envelopes:
-            self._attempt(delivery, outcome, envelope)
+        delivery.last = [one for one in envelopes if one.last]
+        if delivery.last:
+            envelopes = [one for one in envelopes if not one.last]
+        self._send(delivery, outcome, envelopes)
 
     def remembered(self, delivery: Delivery) -> Outcome | None:
         """The outcome of a redelivered message whose task has ended here already, not long ago."""
@@ -145,6 +144,15 @@ class Settlement:
         found = self._remembered.pop(delivery.key, None) if delivery.incoming.redelivered else None
         return None if found is None else found[1]
 
+    def _send(self, delivery: Delivery, outcome: Outcome, envelopes: Sequence[Envelope]) -> None:
+        if not envelopes:
+            envelopes, delivery.last = delivery.last, ()
+        delivery.stage = Stage.SETTLING
+        self.settling.add(delivery)
+        delivery.unconfirmed = len(envelopes)
+        for envelope in envelopes:
+            self._attempt(delivery, outcome, envelope)
+
     # -- publish, confirm -----------------------------------------------------------------------------------------
 
     def _attempt(self, delivery: Delivery, outcome: Outcome, envelope: Envelope, tries: int = 0, cut: int = 0) -> None:
@@ -153,7 +161,7 @@ class Settlement:
                 delivery.unconfirmed -= 1
                 if delivery.unconfirmed == 0:
                     self.settling.discard(delivery)
-                    self._confirmed(delivery)
+                    self._confirmed(delivery, outcome)
 
         self._publish(envelope, done)
 
@@ -215,14 +223,16 @@ class Settlement:
         task_id = envelope.correlation_id
         _log.error(what, queue=self._effects.queue, task_id=task_id, **address, error=str(error), **more)
 
-    def _confirmed(self, delivery: Delivery) -> None:
+    def _confirmed(self, delivery: Delivery, outcome: Outcome) -> None:
         if delivery.refused is not None:
-            error, delivery.refused = delivery.refused, None
+            error, delivery.refused, delivery.last = delivery.refused, None, ()
             delivery.stage = Stage.WAITING
             text = f"what it returned, or what follows it, cannot be sent: {error}"
             self._on_refused(delivery, Failed(Reason.FAILED, type(error).__name__, text))
             return
-        if delivery.epoch == self._consumer.epoch:
+        if delivery.last:
+            self._send(delivery, outcome, ())
+        elif delivery.epoch == self._consumer.epoch:
             self._finish(delivery)
         else:
             # Published and confirmed, but the channel is gone: the redelivery only needs the ack.

@@ -485,3 +485,65 @@ def test_a_queue_of_the_topology_is_waited_for_without_end(outcome: Outcome) -> 
     assert {kind for kind, _ in wire.sent} == {"publish"}
     step(wire)
     assert wire.sent[-1] == ("ack", (1, True))
+
+
+def last(name: str = "forget") -> Envelope:
+    return Envelope("ours", name, b"", last=True)
+
+
+@pytest.mark.parametrize("make", [Succeeded, Discarded])
+def test_what_comes_last_is_published_when_the_others_are_confirmed_and_acknowledged_after_it(
+    make: Callable[[tuple[Envelope, ...]], Outcome],
+) -> None:
+    """The call that deletes a large body: until then another delivery may need it."""
+    wire = Wire()
+    wire.settlement.settle(one := delivery(), make((last(), Envelope("ours", "result", b""), Envelope("", "r", b""))))
+    assert [key for _, (_, key) in wire.sent] == ["result", "r"]
+    wire.confirms[1](None)
+    assert len(wire.sent) == 2
+    wire.confirms[0](None)
+    assert [key for _, (_, key) in wire.sent] == ["result", "r", "forget"]
+    assert one.stage is Stage.SETTLING
+    assert one in wire.settlement.settling
+    wire.confirms[2](None)
+    assert one.stage is Stage.SETTLED
+    alone = delivery(2)
+    wire.settlement.settle(alone, make((last(),)))
+    assert alone.stage is Stage.SETTLING
+    wire.confirms[3](None)
+    assert alone.stage is Stage.SETTLED
+
+
+def test_what_comes_last_does_not_come_when_another_message_is_refused() -> None:
+    """Its task fails then, and its dead letter needs the body."""
+    wire = Wire()
+    wire.settlement.settle(one := delivery(), Succeeded((Envelope("ours", "result", b""), last())))
+    wire.confirms[0](MessageTooLarge("too large"))
+    assert [key for _, (_, key) in wire.sent] == ["result"]
+    assert [failed.exception for _, failed in wire.failed] == ["MessageTooLarge"]
+    wire.settlement.settle(one, wire.failed[0][1])
+    wire.confirms[1](None)
+    assert [key for _, (_, key) in wire.sent] == ["result", "email"]
+
+
+def test_what_comes_last_waits_for_as_long_as_another_message_is_not_taken() -> None:
+    wire = Wire()
+    retry = Retrying(1.0, body=b"[[2],{},{}]", messages=(last(),))
+    wire.settlement.settle(delivery(), retry)
+    for _ in range(5):
+        wire.confirms[-1](Nacked("the queue is full"))
+        wire.timers[-1][1]()
+    assert "forget" not in [key for _, (_, key) in wire.sent]
+    wire.confirms[-1](None)
+    assert [key for _, (_, key) in wire.sent][-1] == "forget"
+
+
+def test_what_comes_last_comes_though_the_channel_is_gone_meanwhile() -> None:
+    wire = Wire()
+    one = delivery()
+    wire.settlement.settle(one, Succeeded((Envelope("ours", "result", b""), last())))
+    wire.epoch = 2
+    wire.confirms[0](None)
+    wire.confirms[1](None)
+    assert [key for _, (_, key) in wire.sent] == ["result", "forget"]
+    assert wire.settlement.remembered(delivery(redelivered=True)) == Discarded()
