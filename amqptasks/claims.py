@@ -204,11 +204,10 @@ def _write_local(root: Path, path: Path, body: bytes) -> None:
         raise FileNotFoundError(f"there is no directory {root}")
     with suppress(FileExistsError):
         path.parent.mkdir()
-        # Callers and workers may be users of one group, which the root hands on; nobody else reads arguments.
-        path.parent.chmod(0o2770)
+        _share(path.parent, 0o2770)
     try:
         with path.open("xb") as file:
-            os.fchmod(file.fileno(), 0o660)
+            _share(path, 0o660)
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
@@ -221,6 +220,12 @@ def _write_local(root: Path, path: Path, body: bytes) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _share(path: Path, mode: int) -> None:
+    """Callers and workers may be users of one group, which the root hands on; nobody else reads arguments."""
+    with suppress(PermissionError):  # the modes are those of the mount
+        path.chmod(mode)
 
 
 def claims_of(settings: Settings) -> Claims | None:
