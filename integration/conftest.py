@@ -37,7 +37,6 @@ from integration.apps import canvas
 from integration.store_servers import stop_servers
 
 ROOT = Path(__file__).resolve().parents[1]
-_SILENT_LEADER = 0.25
 #: Characters of a worker's log that are shown of a test that failed.
 _SHOWN = 8000
 _IMAGE = os.environ.get("AMQPTASKS_TEST_IMAGE", "rabbitmq:3.13-management")
@@ -111,21 +110,16 @@ class VirtualHost:
 
     def ready(self, queue: str) -> int:
         """Messages that wait."""
-        settings = BrokerSettings.model_validate({"url": self.url})
-        until = time.monotonic() + 10
-        while True:
-            asked = time.monotonic()
-            found = queue_counts(settings, [queue])[queue]
-            assert found is not None, f"there is no queue {queue!r}"
-            # RabbitMQ says 0 for a quorum queue whose leader has not answered within 250 ms.
-            if found[0] or time.monotonic() - asked < _SILENT_LEADER or time.monotonic() > until:
-                return found[0]
+        return self._counted(queue)[0]
 
     def consumers(self, queue: str) -> int:
         """Consumers that it has."""
+        return self._counted(queue)[1]
+
+    def _counted(self, queue: str) -> tuple[int, int]:
         found = queue_counts(BrokerSettings.model_validate({"url": self.url}), [queue])[queue]
         assert found is not None, f"there is no queue {queue!r}"
-        return found[1]
+        return found
 
     def unacked(self, queue: str) -> int:
         """Messages that a consumer holds."""

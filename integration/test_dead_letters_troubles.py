@@ -202,7 +202,9 @@ def test_a_queue_that_seems_empty_is_asked_again(
 
     for look, found in ((app.dead_letters.count, 5), (read, ids)):
         node.rabbitmqctl("eval", "sys:suspend('%2F_default.dlq').")
+        asked = time.monotonic()
         assert queue_counts(broker, ["default.dlq"]) == {"default.dlq": (0, 0)}
+        assert time.monotonic() - asked > 0.9, "it was asked four times"
         with ThreadPoolExecutor(1) as pool:
             looking = pool.submit(look)
             time.sleep(1)

@@ -7,6 +7,7 @@ everything that is wrong at once.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 #: A node that takes the connection and says nothing raises the second, which is no AMQPError.
 _FAILURES = (AMQPError, AMQPConnectorException, OSError)
+#: RabbitMQ counts 0 for a quorum queue whose leader has not answered within this time.
+_SILENT_SECONDS, _TRIES = 0.25, 4
 
 
 def declare(
@@ -53,7 +56,7 @@ def queue_counts(
     """(messages ready, consumers) of each queue, None for a queue that does not exist.
 
     Messages that a consumer holds unacknowledged are not counted (AMQP 0-9-1, queue.declare-ok), and a quorum queue
-    whose leader is slow to answer counts as 0: this is no proof that a queue is empty.
+    whose leader is slow to answer counts as 0. It is asked four times; this is no proof that a queue is empty.
     """
     wanted = list(names)
 
@@ -62,8 +65,7 @@ def queue_counts(
         counts: dict[str, tuple[int, int] | None] = {}
         for queue in wanted:
             try:
-                found = channels.get().queue_declare(queue, passive=True).method
-                counts[queue] = (found.message_count, found.consumer_count)
+                counts[queue] = _counted(channels, queue)
             except ChannelClosedByBroker as closed:
                 if closed.reply_code == 404:
                     counts[queue] = None
@@ -174,6 +176,15 @@ class _Channels:
         if self._channel is None or not self._channel.is_open:
             self._channel = self._connection.channel()
         return self._channel
+
+
+def _counted(channels: _Channels, queue: str) -> tuple[int, int]:
+    for _ in range(_TRIES):
+        asked = time.monotonic()
+        found = channels.get().queue_declare(queue, passive=True).method
+        if found.message_count or time.monotonic() - asked < _SILENT_SECONDS:
+            break
+    return found.message_count, found.consumer_count
 
 
 # --- declaring -------------------------------------------------------------------------------------------------------
