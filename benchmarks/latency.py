@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from amqptasks import AmqpTasks
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.testing.ledger import PATH_VARIABLE, Ledger
 from amqptasks.testing.waiting import wait_until
 from amqptasks.testing.workers import WorkerProcess

@@ -28,7 +28,7 @@ import psutil
 import yaml
 
 from amqptasks import AmqpTasks
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.testing.management import Management
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until

@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from amqptasks import AmqpTasks
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.config import BrokerSettings, mask_url
 from amqptasks.testing.ledger import PATH_VARIABLE, Ledger
 from amqptasks.testing.management import Management

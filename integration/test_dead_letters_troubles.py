@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pika
 import pytest
 
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.broker.reader import QueueReader
 from amqptasks.config import BrokerSettings
 from amqptasks.deadletters import Filter, Stopped, moving, places

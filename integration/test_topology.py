@@ -15,7 +15,9 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import UnroutableError
 
 from amqptasks import AmqpTasks
-from amqptasks.broker.admin import connect, declare, queue_counts
+from amqptasks.broker.admin import declare
+from amqptasks.broker.counts import queue_counts
+from amqptasks.broker.visits import connect
 from amqptasks.config.models import BrokerSettings, Settings
 from amqptasks.errors import AccessRefused, BrokerUnreachable, ConfigError, TopologyConflict
 from amqptasks.testing.waiting import wait_until

@@ -1,4 +1,4 @@
-"""Declaring a topology, and counting what waits: short visits on a connection of their own.
+"""Declaring a topology, purging and unbinding: short visits on a connection of their own.
 
 Errors of one entity close only its channel (AMQP 0-9-1), so that a visit goes on with the next entity and reports
 everything that is wrong at once.
@@ -7,32 +7,24 @@ everything that is wrong at once.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from typing import TypeVar
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
-from pika.adapters.utils.connection_workflow import AMQPConnectorException
-from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.exceptions import ChannelClosedByBroker
 
-from amqptasks.broker.failures import translate
-from amqptasks.broker.parameters import connection_parameters
 from amqptasks.broker.versions import accepted_arguments
+from amqptasks.broker.visits import Channels, on_some_node
 from amqptasks.config.models import BrokerSettings
-from amqptasks.errors import AccessRefused, AmqpTasksError, BrokerUnreachable, ConfigError, TopologyConflict
+from amqptasks.errors import AccessRefused, ConfigError, TopologyConflict
 from amqptasks.topology.conflicts import MAX_DIFFERENCES, Conflict, adopted, explain, parse_conflict, telling
 from amqptasks.topology.entities import Binding, Exchange, Queue, Topology
 
-__all__ = ["connect", "declare", "on_some_node", "purge", "queue_counts", "remove_bindings"]
+__all__ = ["declare", "purge", "remove_bindings"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: A node that takes the connection and says nothing raises the second, which is no AMQPError.
-_FAILURES = (AMQPError, AMQPConnectorException, OSError)
-#: RabbitMQ counts 0 for a quorum queue whose leader has not answered within this time.
-_SILENT_SECONDS, _TRIES = 0.25, 4
 
 
 def declare(
@@ -48,34 +40,6 @@ def declare(
     accept, AccessRefused for a missing permission, BrokerUnreachable when no node answers.
     """
     on_some_node(broker_settings, name, lambda connection, vhost: _Declaring(connection, vhost, passive).run(topology))
-
-
-def queue_counts(
-    broker_settings: BrokerSettings, names: Iterable[str], *, name: str = "count"
-) -> dict[str, tuple[int, int] | None]:
-    """(messages ready, consumers) of each queue, None for a queue that does not exist.
-
-    Messages that a consumer holds unacknowledged are not counted (AMQP 0-9-1, queue.declare-ok), and a quorum queue
-    whose leader is slow to answer counts as 0. It is asked four times; this is no proof that a queue is empty.
-    """
-    wanted = list(names)
-
-    def count(connection: pika.BlockingConnection, vhost: str) -> dict[str, tuple[int, int] | None]:
-        channels = _Channels(connection)
-        counts: dict[str, tuple[int, int] | None] = {}
-        for queue in wanted:
-            try:
-                counts[queue] = _counted(channels, queue)
-            except ChannelClosedByBroker as closed:
-                if closed.reply_code == 404:
-                    counts[queue] = None
-                elif closed.reply_code == 403:
-                    raise AccessRefused(f"counting queue {queue!r}: {closed.reply_text}") from closed
-                else:
-                    raise ConfigError(f"counting queue {queue!r}: {closed.reply_text}") from closed
-        return counts
-
-    return on_some_node(broker_settings, name, count)
 
 
 def remove_bindings(broker_settings: BrokerSettings, bindings: Iterable[Binding], *, name: str = "unbind") -> None:
@@ -113,80 +77,6 @@ def purge(broker_settings: BrokerSettings, queue: str, *, name: str = "purge") -
     return on_some_node(broker_settings, name, visit)
 
 
-# --- connections -----------------------------------------------------------------------------------------------------
-
-
-def on_some_node(settings: BrokerSettings, name: str, visit: Callable[[pika.BlockingConnection, str], T]) -> T:
-    """Run a visit on the first node that answers; a connection lost on the way is tried again on the next node."""
-    failures: list[AmqpTasksError] = []
-    for parameters in connection_parameters(settings, name):
-        try:
-            with _connected(parameters) as connection:
-                return visit(connection, parameters.virtual_host)
-        except _FAILURES as error:
-            failures.append(translate(error, parameters))
-    raise _all_of(failures)
-
-
-def connect(settings: BrokerSettings, name: str) -> pika.BlockingConnection:
-    """A connection to the first node that answers. Raises AccessRefused and BrokerUnreachable."""
-    failures: list[AmqpTasksError] = []
-    for parameters in connection_parameters(settings, name):
-        try:
-            return _open(parameters)
-        except _FAILURES as error:
-            failures.append(translate(error, parameters))
-    raise _all_of(failures)
-
-
-def _open(parameters: pika.ConnectionParameters) -> pika.BlockingConnection:
-    try:
-        return pika.BlockingConnection(parameters)
-    except ValueError as error:  # pika's, for a connection that was made and reset at once
-        raise ConnectionResetError(str(error)) from error
-
-
-def _all_of(failures: list[AmqpTasksError]) -> AmqpTasksError:
-    """What to raise when no node did it: what a node refused, before what did not answer."""
-    refused = next((failure for failure in failures if not isinstance(failure, BrokerUnreachable)), None)
-    if refused is not None:
-        return refused
-    return failures[0] if len(failures) == 1 else BrokerUnreachable("; ".join(map(str, failures)))
-
-
-@contextmanager
-def _connected(parameters: pika.ConnectionParameters) -> Iterator[pika.BlockingConnection]:
-    connection = _open(parameters)
-    try:
-        yield connection
-    finally:
-        if connection.is_open:
-            with suppress(AMQPError, OSError):
-                connection.close()
-
-
-class _Channels:
-    """A channel to work on: the same one until the broker closes it, then a new one."""
-
-    def __init__(self, connection: pika.BlockingConnection) -> None:
-        self._connection = connection
-        self._channel: BlockingChannel | None = None
-
-    def get(self) -> BlockingChannel:
-        if self._channel is None or not self._channel.is_open:
-            self._channel = self._connection.channel()
-        return self._channel
-
-
-def _counted(channels: _Channels, queue: str) -> tuple[int, int]:
-    for _ in range(_TRIES):
-        asked = time.monotonic()
-        found = channels.get().queue_declare(queue, passive=True).method
-        if found.message_count or time.monotonic() - asked < _SILENT_SECONDS:
-            break
-    return found.message_count, found.consumer_count
-
-
 # --- declaring -------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +84,7 @@ class _Declaring:
     """One visit: declares in order, collects what is wrong, raises it at the end."""
 
     def __init__(self, connection: pika.BlockingConnection, vhost: str, passive: bool) -> None:
-        self._channels = _Channels(connection)
+        self._channels = Channels(connection)
         self._vhost = vhost
         self._passive = passive
         self._configured = 0

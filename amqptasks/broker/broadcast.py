@@ -12,8 +12,8 @@ from typing import Any
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
-from amqptasks.broker.admin import on_some_node
 from amqptasks.broker.mailbox import REPLY_EXCHANGE, REQUEST_EXCHANGE
+from amqptasks.broker.visits import on_some_node
 from amqptasks.config import BrokerSettings
 
 __all__ = ["broadcast"]

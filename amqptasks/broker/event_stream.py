@@ -11,8 +11,8 @@ from typing import Any
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 
-from amqptasks.broker.admin import on_some_node
 from amqptasks.broker.mailbox import REQUEST_EXCHANGE
+from amqptasks.broker.visits import on_some_node
 from amqptasks.config import BrokerSettings
 from amqptasks.protocol.events import EXCHANGE
 

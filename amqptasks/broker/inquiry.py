@@ -9,7 +9,7 @@ import time
 
 import pika
 
-from amqptasks.broker.admin import on_some_node
+from amqptasks.broker.visits import on_some_node
 from amqptasks.broker.wire import encode_properties
 from amqptasks.config.models import BrokerSettings
 from amqptasks.message import Envelope

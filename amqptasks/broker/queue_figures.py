@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
 
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.broker.management import ManagementApi
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import ConfigError

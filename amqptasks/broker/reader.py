@@ -21,9 +21,9 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker
 from pika.spec import BasicProperties
 
 from amqptasks.broker.acks import AckWindow
-from amqptasks.broker.admin import connect
 from amqptasks.broker.consumer import Incoming
 from amqptasks.broker.inflow import Properties
+from amqptasks.broker.visits import connect
 from amqptasks.broker.wire import decode_properties, decode_provenance
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import AccessRefused, BrokerUnreachable, ConfigError

@@ -15,8 +15,8 @@ import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 
-from amqptasks.broker.admin import connect
 from amqptasks.broker.versions import accepted_arguments
+from amqptasks.broker.visits import connect
 from amqptasks.config import BrokerSettings
 from amqptasks.errors import AccessRefused, AlreadyRunning, BrokerUnreachable, ConfigError
 from amqptasks.topology.entities import Binding, Queue

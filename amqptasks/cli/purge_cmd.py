@@ -6,7 +6,8 @@ import json
 
 import click
 
-from amqptasks.broker.admin import purge, queue_counts
+from amqptasks.broker.admin import purge
+from amqptasks.broker.counts import queue_counts
 from amqptasks.cli.context import CliContext
 from amqptasks.cli.settings import load_cli_settings
 from amqptasks.errors import ConfigError

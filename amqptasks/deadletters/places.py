@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
-from amqptasks.broker.admin import queue_counts
 from amqptasks.broker.consumer import Incoming
+from amqptasks.broker.counts import queue_counts
 from amqptasks.broker.reader import QueueReader
 from amqptasks.broker.wire import encode_properties
 from amqptasks.config import Settings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from amqptasks.app import AmqpTasks
-from amqptasks.broker.admin import on_some_node
 from amqptasks.broker.management import ManagementApi, MissingTag
+from amqptasks.broker.visits import on_some_node
 from amqptasks.config import Settings, mask_url
 from amqptasks.doctor.broker import check_broker
 from amqptasks.doctor.findings import Finding, Level

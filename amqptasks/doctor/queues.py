@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.broker.management import ManagementApi
 from amqptasks.config import BrokerSettings, Settings
 from amqptasks.doctor.findings import Finding, Level, counted

@@ -181,8 +181,7 @@ class Runner:
         Raises `asyncio.CancelledError` when this asyncio task was cancelled, and nothing else.
         """
         self._coroutines.loop = asyncio.get_running_loop()
-        blocks = self._blocks
-        call = await beside(blocks, self._prepare, job)
+        call = await beside(blocks := self._blocks, self._prepare, job)
         if not isinstance(call, Call):
             if self._coroutines.planned:
                 await self._coroutines.finish()

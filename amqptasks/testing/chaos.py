@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.config import BrokerSettings
 from amqptasks.testing.cluster import PrivateCluster
 from amqptasks.testing.disks import SmallDisk

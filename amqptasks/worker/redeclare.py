@@ -8,7 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from amqptasks.app import AmqpTasks
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.broker.declarer import DELETED_PAUSE
 from amqptasks.errors import AccessRefused, AmqpTasksError
 from amqptasks.topology.plan import parking_queue

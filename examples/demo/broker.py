@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from amqptasks.config import load_settings
 from amqptasks.errors import BrokerError
 from amqptasks.testing.rabbitmq import PrivateNode, install_rabbitmq, rabbitmq_installed

@@ -13,7 +13,7 @@ import pika
 from rich.console import Console
 
 from amqptasks import AmqpTasks, AsyncResult, InvalidArguments, chord
-from amqptasks.broker.admin import queue_counts
+from amqptasks.broker.counts import queue_counts
 from examples.demo import work
 from examples.demo.broker import Broker
 from examples.demo.errors import DemoError
