@@ -56,7 +56,13 @@ def url(kind: str, tmp_path: Any) -> str:
 def store(url: str) -> Iterator[ResultStore]:
     made = open_store(url, expires=3600)
     yield made
+    if made.poll_seconds:
+        wait_until(lambda: not _lookers(), 10, "nobody looks into it any more")
     made.close()
+
+
+def _lookers() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "amqptasks-results"]
 
 
 @contextmanager
@@ -488,3 +494,20 @@ def test_a_url_that_is_no_store_is_told() -> None:
         open_store("rdis://x", expires=1)
     with pytest.raises(ConfigError, match="Stores: "):
         open_store("ftp://x", expires=1)
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql", "memcached", "sqlite"], indirect=True)
+def test_no_thread_looks_into_a_store_that_is_closed(url: str) -> None:
+    """What it looked for would leave a connection open behind."""
+    for _ in range(5):
+        store = open_store(url, expires=60)
+        access = StoredResults(store)
+        access.listen([fresh()], lambda _meta: None)
+        (thread,) = _lookers()
+        access.close()
+        assert not thread.is_alive()
+        # And the next one who waits is looked for again.
+        result: AsyncResult[int] = AsyncResult(fresh(), access)
+        with meanwhile(0.05, lambda result=result, store=store: store.put(result.id, encoded(result.id), ready=True)):
+            assert result.get(10) == 1
+        access.close()

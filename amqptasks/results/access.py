@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -17,6 +16,8 @@ __all__ = ["Listener", "NoResults", "Results", "Revoker", "StoredResults", "revo
 
 logger = logging.getLogger(__name__)
 
+#: A look at a store that is away ends by itself after so long at most, or nearly.
+_END_SECONDS = 20.0
 #: Called with each change of a result, from any thread.
 Listener = Callable[[ResultMeta], None]
 
@@ -173,7 +174,8 @@ class StoredResults:
         self._store.delete_group(group_id)
 
     def close(self) -> None:
-        """Close the store's connections."""
+        """Close the store's connections. Who waits hears nothing more."""
+        self._poller.close()
         self._store.close()
 
 
@@ -192,6 +194,7 @@ class _Poller:
         self._waiting: dict[int, tuple[set[str], Callable[[str, bytes], None], dict[str, bytes]]] = {}
         self._number = 0
         self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
 
     def listen(self, ids: list[str], told: Callable[[str, bytes], None]) -> Callable[[], None]:
         if self._pid != os.getpid():
@@ -205,7 +208,9 @@ class _Poller:
             self._number = number = self._number + 1
             self._waiting[number] = (set(ids), told, seen)
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="amqptasks-results", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._ending,), name="amqptasks-results", daemon=True
+                )
                 self._thread.start()
 
         def stop() -> None:
@@ -214,12 +219,25 @@ class _Poller:
 
         return stop
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        """End the thread. What it looked for when the store is closed would leave a connection open."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._waiting.clear()
+            self._ending.set()
+            self._ending = threading.Event()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_END_SECONDS)
+
+    def _run(self, ending: threading.Event) -> None:
         pause = self._store.poll_seconds / 10
-        while True:
-            time.sleep(pause)
+        while not ending.wait(pause):
             pause = min(self._store.poll_seconds, pause * 1.5)
             with self._lock:
+                if ending.is_set():
+                    return
                 if not self._waiting:
                     self._thread = None
                     return
