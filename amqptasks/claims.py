@@ -82,7 +82,7 @@ class Claims:
         self.keep = keep
         scheme = url.partition(":")[0]
         #: Whether it is a directory of this machine, or one that is mounted like one.
-        self.is_local = scheme in ("file", "local")
+        self.is_local = scheme == "file"
         try:
             # Only who asks for it needs the package.
             self._fsspec: Any = importlib.import_module("fsspec.core")

@@ -312,17 +312,24 @@ class CanvasBench(Bench):
     """The bench with the tasks of `integration.apps.canvas`, and its app as the client."""
 
     APP = "integration.apps.canvas:app"
+    CLIENT = canvas.app
 
     def caller(self, url: str | None = None) -> AmqpTasks:
         """The application itself, with these settings."""
-        canvas.app.close()
+        app = self.CLIENT
+        app.close()
         for name in ("client", "calls", "results", "result_store"):
-            canvas.app.__dict__.pop(name, None)
-        for task in canvas.app.tasks.values():
+            app.__dict__.pop(name, None)
+        for task in app.tasks.values():
             task._options = None
-        canvas.app._overrides.clear()
-        canvas.app.configure(config=self.config, broker=url)
-        return canvas.app
+        app._overrides.clear()
+        app.configure(config=self.config, broker=url)
+        return app
+
+    def close(self) -> None:
+        """End everything."""
+        self.CLIENT.close()
+        super().close()
 
     def stop_workers(self) -> None:
         """Stop them as an operator would."""
@@ -354,5 +361,4 @@ def desk(vhost: VirtualHost, tmp_path: Path) -> Iterator[CanvasBench]:
     """App, configuration, workers and ledger, for results and compositions."""
     made = CanvasBench(vhost, tmp_path)
     yield made
-    canvas.app.close()
     made.close()

@@ -17,39 +17,30 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from amqptasks import AmqpTasks, StoreUnavailable, TaskRevoked, chain
+from amqptasks import StoreUnavailable, TaskRevoked, chain
 from amqptasks.claims import CLAIM_TYPE, FORGET, Claim
 from amqptasks.errors import MessageTooLarge
 from amqptasks.message import Envelope
 from amqptasks.testing.rabbitmq import PrivateNode
 from amqptasks.testing.waiting import wait_until
 from integration.apps import claims as tasks
-from integration.conftest import ROOT, Bench, Broker, VirtualHost
+from integration.conftest import ROOT, Broker, CanvasBench, VirtualHost
 from integration.letters import dlq
 
 TEXT = "x" * 150_000
 
 
-class ClaimsBench(Bench):
+class ClaimsBench(CanvasBench):
     """The bench with the tasks of `integration.apps.claims`, whose large arguments go to a directory."""
 
     APP = "integration.apps.claims:app"
+    CLIENT = tasks.app
 
     def __init__(self, vhost: VirtualHost, folder: Path) -> None:
         super().__init__(vhost, folder)
         self.store = folder / "bodies"
         self.store.mkdir()
         self.settings["claim_check"] = {"url": f"file://{self.store}", "above": "64KiB", "keep": 0.5}
-
-    def caller(self) -> AmqpTasks:
-        """The application itself, with these settings."""
-        tasks.app.close()
-        for name in ("client", "calls", "results", "result_store"):
-            tasks.app.__dict__.pop(name, None)
-        for task in tasks.app.tasks.values():
-            task._options = None
-        tasks.app.configure(config=self.config)
-        return tasks.app
 
     @property
     def bodies(self) -> list[Path]:
@@ -73,7 +64,6 @@ class ClaimsBench(Bench):
 def bench(vhost: VirtualHost, tmp_path: Path) -> Iterator[ClaimsBench]:
     made = ClaimsBench(vhost, tmp_path)
     yield made
-    tasks.app.close()
     made.close()
 
 

@@ -177,7 +177,7 @@ def test_a_child_of_a_fork_opens_the_store_for_itself(claims: Claims, folder: Pa
     [
         ("/mnt/tasks", "SCHEME://PATH, such as file:///mnt/tasks"),
         ("file://mnt/tasks", "three slashes"),
-        ("local://mnt/tasks", "three slashes"),
+        ("local:///mnt/tasks", "such as file:///"),
         ("file:///", "three slashes"),
         ("s3://bucket/tasks", "s3:// needs another package: Install s3fs"),
         ("nope://user:word@host/x", "Protocol not known: nope"),

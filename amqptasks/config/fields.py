@@ -118,7 +118,8 @@ def _file_system(value: str) -> str:
     scheme, separator, rest = value.partition("://")
     if not (scheme and separator and rest):
         raise ValueError("a file system's URL is SCHEME://PATH, such as file:///mnt/tasks/bodies or s3://bucket/tasks")
-    if scheme in ("file", "local") and not (rest.startswith("/") and rest.strip("/")):
+    # fsspec has two names for it: here it has one.
+    if scheme == "local" or (scheme == "file" and not (rest.startswith("/") and rest.strip("/"))):
         raise ValueError("a directory's URL has three slashes and its whole path, such as file:///mnt/tasks/bodies")
     return value
 

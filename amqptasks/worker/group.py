@@ -108,7 +108,7 @@ def plan_groups(
             if kind == "solo":
                 raise ConfigError(f"queue {name!r}: pool solo runs one task; autoscale needs another pool")
             slots = scale[1]
-        if kind == "gevent" and not (settings.claim_check.url or "file:").startswith(("file:", "local:")):
+        if kind == "gevent" and not (settings.claim_check.url or "file:").startswith("file:"):
             raise ConfigError(
                 f"queue {name!r}: a gevent pool reads large bodies (claim_check.url) from file:// only: fsspec's own "
                 "event loop does not run beside gevent"
